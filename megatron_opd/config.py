@@ -1,0 +1,285 @@
+"""Every setting, its default and its checks. OmegaConf merges YAML and overrides into these frozen dataclasses.
+
+A section checks itself in `__post_init__`; `Config` checks what lies between sections. Nothing here imports a guest.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from megatron_opd.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(section: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value > 0, f"{section}.{name}={value} must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and on what."""
+
+    dir: str = "runs/default"  # logs, metrics, keys, exports; must be new or empty
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    host: str = "127.0.0.1"  # address that roles bind to and are reached at
+    port: int = 0  # of the controller; 0 picks a free one
+    start_timeout_s: float = 180.0  # for all roles to report in
+    peer_timeout_s: float = 120.0  # for any single answer, collective or weight update
+
+    def __post_init__(self) -> None:
+        _positive("run", self, "start_timeout_s", "peer_timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that is trained: a Hugging Face folder (config.json, safetensors, tokenizer)."""
+
+    path: str = MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts: JSON lines."""
+
+    prompts: str = MISSING  # file with one JSON object per line
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"  # read by estimators that train on given completions only
+    chat_template: bool = False  # wrap the prompt as one user message with the tokenizer's template
+    max_prompt_tokens: int = 1024  # a longer prompt is an error that names its line
+    shuffle: bool = True  # anew in each epoch, from run.seed
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "max_prompt_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """vLLM replicas that sample from the student."""
+
+    replicas: int = 1
+    tensor_parallel: int = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_response_tokens: int = 256
+    max_running: int = 64  # requests that one replica decodes at a time
+    kv_cache_bytes: int = 256 << 20  # per replica and worker
+    keep_kv: bool = False  # True: running requests keep the KV cache of old weights; False: they are re-prefilled
+    timeout_s: float = 600.0  # for one response, its time in the queue included
+    cores: tuple[int, ...] = ()  # CPU cores of replica 0, 1, ...; () leaves placement to the system
+
+    def __post_init__(self) -> None:
+        _positive("rollout", self, "replicas", "tensor_parallel", "temperature", "max_response_tokens", "max_running", "kv_cache_bytes", "timeout_s")
+        _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The model whose log-probabilities are the training signal."""
+
+    backend: Literal["megatron", "vllm", "none"] = "megatron"
+    path: str = ""
+    replicas: int = 1
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    batch_tokens: int = 8192  # scored together at most, prompts included
+    kv_cache_bytes: int = 256 << 20  # backend vllm only
+    cores: tuple[int, ...] = ()  # CPU cores of rank 0, 1, ... over all replicas
+
+    def __post_init__(self) -> None:
+        _positive("teacher", self, "replicas", "tensor_parallel", "pipeline_parallel", "batch_tokens", "kv_cache_bytes")
+        _require(
+            self.backend != "vllm" or self.pipeline_parallel == 1,
+            f"teacher.pipeline_parallel={self.pipeline_parallel} needs teacher.backend=megatron",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5  # nats^-1: the peak
+    min_lr_ratio: float = 1.0  # final learning rate over the peak
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # global norm; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        _positive("learner.optimizer", self, "lr", "eps")
+        _require(0 <= self.min_lr_ratio <= 1, f"learner.optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """The Megatron-Core learner."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    sequence_parallel: bool = False
+    dtype: Literal["bfloat16", "float32"] = "float32"  # of weights and activations; masters are float32
+    micro_batch_tokens: int = 4096  # packed inputs per micro-batch; one longer sequence makes a micro-batch of its own
+    recompute: bool = False  # full activation recompute, layer by layer
+    logps_chunk_tokens: int = 1024  # rows of logits that exist at a time
+    bucket_bytes: int = 64 << 20  # of weight streaming
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    cores: tuple[int, ...] = ()  # CPU cores of rank 0, 1, ...
+
+    def __post_init__(self) -> None:
+        _positive(
+            "learner", self, "tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_tokens", "logps_chunk_tokens", "bucket_bytes"
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_parallel > 1,
+            "learner.sequence_parallel=true splits tokens over the tensor-parallel ranks; set learner.tensor_parallel > 1 or switch it off",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorConfig:
+    """The objective, by registry name or as `package.module:Class`, and its own settings."""
+
+    name: str = "forward_kl_topk"
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of the estimator's dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """When things happen."""
+
+    steps: int = 100  # optimizer steps
+    batch: int = 64  # prompts per optimizer step
+    max_lag: int = 1  # hard bound in optimizer steps; 0 is strictly synchronous
+
+    def __post_init__(self) -> None:
+        _positive("loop", self, "steps", "batch")
+        _require(self.max_lag >= 0, f"loop.max_lag={self.max_lag} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What the end of a run measures on held-out prompts."""
+
+    prompts: str = ""  # JSON lines; empty: no evaluation
+    verifier: str = ""  # `file.py:function` or `package.module:function`, (record, completion) -> 0..1; empty: KL only
+    limit: int = 0  # first n prompts; 0 means all
+    dtype: Literal["bfloat16", "float32"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require(not self.verifier or bool(self.prompts), "eval.verifier is set but eval.prompts is empty; name the held-out prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.teacher.backend == "none" or bool(self.teacher.path),
+            "teacher.path is missing; name a Hugging Face folder or set teacher.backend=none",
+        )
+        warmup = self.learner.optimizer.warmup_steps
+        _require(warmup <= self.loop.steps, f"learner.optimizer.warmup_steps={warmup} is longer than loop.steps={self.loop.steps}")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and `key=value` overrides.
+
+    Raises:
+        ConfigError: unknown key (with the nearest right one), wrong type, missing value, or a failed check.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+        raise
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(given).__name__}")
+    for override in overrides:
+        _require("=" in override, f"override {override!r} is not of the form key=value")
+    return resolve(given, OmegaConf.from_dotlist(list(overrides)))
+
+
+def resolve(*layers: DictConfig) -> Config:
+    """Merges layers over the defaults, the last one winning, and checks the whole.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    try:
+        for layer in layers:
+            _check_keys(layer, Config, "")
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
+        missing = OmegaConf.missing_keys(merged)
+        _require(not missing, f"no value for {', '.join(sorted(missing))}; set it in the YAML file or as key=value")
+        return OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"no value for {error.full_key}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config, loadable by `load`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_keys(given: DictConfig, schema: type, prefix: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
+            hint = f"did you mean {prefix}{near[0]}?" if near and near[0] in known else f"did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown setting {prefix}{key}; {hint or 'known: ' + ', '.join(known)}")
+        section = known[key].default_factory
+        if is_dataclass(section):
+            value = given._get_node(key)
+            _require(isinstance(value, DictConfig), f"{prefix}{key} is a section of settings, got {value}")
+            _check_keys(value, section, f"{prefix}{key}.")
+
+
+def _elsewhere(key: str) -> list[str]:
+    """Full names of settings in any section whose last part is close to `key`."""
+    names: dict[str, str] = {}
+    for section in fields(Config):
+        for setting in fields(section.default_factory):
+            names.setdefault(setting.name, f"{section.name}.{setting.name}")
+    return [names[near] for near in difflib.get_close_matches(key, names, n=1)]

@@ -1,0 +1,29 @@
+"""Errors that a user can mend: each message says what, got, wanted and what to do."""
+
+
+class OPDError(Exception):
+    """The parent of every error that this project raises on purpose."""
+
+
+class ConfigError(OPDError):
+    """A setting is unknown, missing or contradicts another one."""
+
+
+class DataError(OPDError):
+    """A prompt file holds a line that cannot be used; the message names file and line."""
+
+
+class CheckpointError(OPDError):
+    """A model folder lacks tensors, has unknown ones, or was written half."""
+
+
+class WireError(OPDError):
+    """Bytes from a peer do not decode to the message that was expected."""
+
+
+class PeerError(OPDError):
+    """A peer failed, vanished or stayed silent past its timeout; the message names it."""
+
+
+class WeightSyncError(OPDError):
+    """A weight bucket arrived late, out of order or with another digest than it was sent with."""

@@ -1,0 +1,1 @@
+"""What every role stands on: wires, rendezvous, processes, devices."""

@@ -1,0 +1,36 @@
+"""Objects named in settings: `package.module:name` or `path/to/file.py:name`."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from megatron_opd.errors import ConfigError
+
+
+def load_object(reference: str, setting: str) -> Any:
+    """The named object.
+
+    Raises:
+        ConfigError: the reference is malformed, or leads nowhere; names the setting that holds it.
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{setting}={reference!r} is not of the form package.module:name or file.py:name")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, FileNotFoundError) as error:
+        raise ConfigError(f"{setting}={reference!r} cannot be imported: {error}") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{setting}={reference!r}: {place} has no {name!r}")
+    return getattr(module, name)
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, f"{path} ends in .py, so a loader exists"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

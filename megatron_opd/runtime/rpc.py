@@ -1,0 +1,263 @@
+"""Requests from the controller to the roles, over ZeroMQ with CURVE keys made for the run.
+
+The controller binds one ROUTER socket (`Hub`); every role connects a DEALER (`Desk`) and says Hello. Only the controller
+asks, only roles answer. Frames: request id, kind (hello | ask | answer | failure), message name, message body.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import socket as sockets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+import zmq.asyncio
+import zmq.auth
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from megatron_opd.errors import ConfigError, PeerError
+from megatron_opd.runtime import wire
+from megatron_opd.types import Address, Hello
+
+_MAX_MESSAGE_BYTES = 16 << 30
+_HEARTBEAT_MS = 5_000
+
+
+def make_keys(folder: Path) -> None:
+    """Writes a key pair for the controller and one for all roles into a folder that only its owner may read."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in ("controller", "role"):
+        zmq.auth.create_certificates(folder, name)
+
+
+class Peer:
+    """One role as the controller sees it."""
+
+    def __init__(self, hub: "Hub", identity: bytes, hello: Hello) -> None:
+        self.hello = hello
+        self.name = f"{hello.role} {hello.replica} (pid {hello.pid} on {hello.host})"
+        self.outstanding = 0
+        self.busy_s = 0.0  # wall seconds with at least one request outstanding
+        self._hub = hub
+        self._identity = identity
+        self._busy_since = 0.0
+
+    async def call(self, message: object, timeout_s: float) -> Any:
+        """The role's answer.
+
+        Raises:
+            PeerError: the role reports a failure, vanished, or did not answer in time.
+        """
+        if self.outstanding == 0:
+            self._busy_since = time.monotonic()
+        self.outstanding += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._hub._ask(self, message)
+        except TimeoutError:
+            raise PeerError(f"{self.name} did not answer {type(message).__name__} within {timeout_s:g} s; see its log") from None
+        finally:
+            self.outstanding -= 1
+            if self.outstanding == 0:
+                self.busy_s += time.monotonic() - self._busy_since
+
+
+class Hub:
+    """The controller's socket. Use as an async context manager; its reader task wakes the callers."""
+
+    def __init__(self, keys: Path, host: str, port: int) -> None:
+        context = zmq.asyncio.Context.instance()
+        self._authenticator = AsyncioAuthenticator(context)
+        self._keys, self._host = keys, host
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.curve_publickey, self._socket.curve_secretkey = zmq.auth.load_certificate(keys / "controller.key_secret")
+        self._socket.curve_server = True
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._peers: dict[bytes, Peer] = {}
+        self._arrived = asyncio.Condition()
+        self._answers: dict[bytes, asyncio.Future] = {}
+        self._ids = itertools.count()
+        try:
+            self._socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            raise ConfigError(f"run.host={host} run.port={port} cannot be bound: {error}; choose another port, or 0 for a free one") from error
+        self.address = Address(host=host, port=int(self._socket.last_endpoint.decode().rsplit(":", 1)[1]))
+
+    async def __aenter__(self) -> Self:
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", _OneKey(self._keys / "role.key"))
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._reader.cancel()
+        self._authenticator.stop()
+        self._socket.close()
+
+    async def peers(self, role: str, count: int, timeout_s: float) -> list[Peer]:
+        """All replicas of a role, once they have said Hello.
+
+        Raises:
+            PeerError: some did not come in time; the message says which.
+        """
+
+        def here() -> list[Peer]:
+            return sorted((p for p in self._peers.values() if p.hello.role == role), key=lambda p: p.hello.replica)
+
+        try:
+            async with asyncio.timeout(timeout_s), self._arrived:
+                await self._arrived.wait_for(lambda: len(here()) >= count)
+        except TimeoutError:
+            missing = sorted(set(range(count)) - {p.hello.replica for p in here()})
+            raise PeerError(f"{role} {missing} did not report within {timeout_s:g} s; see the log of each") from None
+        return here()
+
+    async def _ask(self, peer: Peer, message: object) -> Any:
+        number = next(self._ids).to_bytes(8, "big")
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._socket.send_multipart([peer._identity, number, b"ask", *wire.encode(message)], copy=False)
+            return await answer
+        except zmq.ZMQError as error:
+            raise PeerError(f"{peer.name} is gone: {error}") from error
+        finally:
+            del self._answers[number]
+
+    async def _read(self) -> None:
+        while True:
+            identity, number, kind, name, body = await self._socket.recv_multipart()
+            if kind == b"hello":
+                self._peers[identity] = Peer(self, identity, wire.decode(name, body))
+                async with self._arrived:
+                    self._arrived.notify_all()
+            elif (answer := self._answers.get(number)) is not None and not answer.done():
+                if kind == b"failure":
+                    answer.set_exception(PeerError(f"{self._peers[identity].name}: {body.decode()}"))
+                else:
+                    answer.set_result(wire.decode(name, body))
+
+
+class _OneKey:
+    """Admits the one key that all roles of this run share."""
+
+    def __init__(self, path: Path) -> None:
+        self._key = zmq.auth.load_certificate(path)[0]
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._key
+
+
+class Desk:
+    """A role's socket: requests come in, answers go out. Blocking; `fileno`-free use from asyncio through `AsyncDesk`."""
+
+    def __init__(self, keys: Path, address: Address, hello: Hello, *, context: zmq.Context | None = None) -> None:
+        context = context or zmq.Context.instance()
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.curve_serverkey = zmq.auth.load_certificate(keys / "controller.key")[0]
+        self._socket.curve_publickey, self._socket.curve_secretkey = zmq.auth.load_certificate(keys / "role.key_secret")
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        self._socket.connect(f"tcp://{address.host}:{address.port}")
+        self._address = address
+        self._hello = hello
+
+    def greet(self) -> None:
+        """Says Hello: from now on the controller may ask."""
+        self._socket.send_multipart([b"", b"hello", *wire.encode(self._hello)])
+
+    def receive(self, *, wait: bool = True) -> list[tuple[bytes, Any]]:
+        """All requests that have come, as (number, message); waits for the first one if told to.
+
+        Raises:
+            PeerError: the controller is gone.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        ready = dict(poller.poll(None if wait else 0))
+        if self._socket not in ready and self._monitor in ready:
+            raise self._gone()
+        requests = []
+        while self._socket.poll(0):
+            number, _, name, body = self._socket.recv_multipart()
+            requests.append((number, wire.decode(name, body)))
+        return requests
+
+    def answer(self, number: bytes, message: object) -> None:
+        """Sends the answer to a request."""
+        self._socket.send_multipart([number, b"answer", *wire.encode(message)], copy=False)
+
+    def fail(self, number: bytes, reason: str) -> None:
+        """Tells the controller that a request failed, and why."""
+        self._socket.send_multipart([number, b"failure", b"", reason.encode()])
+
+    def close(self) -> None:
+        """Flushes answers (for a second at most) and closes."""
+        self._socket.disable_monitor()
+        self._socket.close()
+
+    def _gone(self) -> PeerError:
+        return PeerError(f"the controller at {self._address.host}:{self._address.port} closed the connection; see its log")
+
+
+class AsyncDesk(Desk):
+    """The same desk for a role that answers many requests at once."""
+
+    def __init__(self, keys: Path, address: Address, hello: Hello) -> None:
+        super().__init__(keys, address, hello)
+        self._loop = asyncio.get_running_loop()
+        self._poller = zmq.asyncio.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    async def areceive(self) -> list[tuple[bytes, Any]]:
+        """Like `receive`, without blocking the loop."""
+        await self._poller.poll()
+        return self.receive(wait=False)
+
+
+def publish_address(file: Path, address: Address) -> None:
+    """Writes an address where the other roles of the run look for it, all at once or not at all."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps({"host": address.host, "port": address.port}))
+    partial.rename(file)
+
+
+def await_address(file: Path, timeout_s: float) -> Address:
+    """The address that another role publishes.
+
+    Raises:
+        PeerError: it does not appear in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise PeerError(f"no address in {file} after {timeout_s:g} s; did the role that writes it start?")
+        time.sleep(0.05)
+    found = json.loads(file.read_text())
+    return Address(host=found["host"], port=found["port"])
+
+
+def hello(role: str, replica: int) -> Hello:
+    """Who this process is."""
+    return Hello(role=role, replica=replica, pid=os.getpid(), host=sockets.gethostname())
+
+
+def least_busy(peers: Iterable[Peer]) -> Peer:
+    """The peer with the fewest outstanding requests."""
+    return min(peers, key=lambda peer: peer.outstanding)

@@ -1,0 +1,1 @@
+"""Where trajectories wait: first in, first out, by start."""

@@ -1,0 +1,55 @@
+"""The store that bounds staleness. It knows slots, order and versions; nothing of models, roles or tokens.
+
+Slot i is charged when prompt i starts and freed when the weights of its own training step are published. With
+(max_lag + 1) * batch slots, a prompt of step s starts only once version s - max_lag is published, so no token that
+step s trains on is older than max_lag optimizer steps: a hard bound whatever the lengths. Ordering by completion
+instead would let stragglers overrun it.
+"""
+
+import asyncio
+
+from megatron_opd.types import Trajectory
+
+
+class TrajectoryStore:
+    """`admit` waits for a free slot, `take` for a complete batch; `release` wakes the first, `put` the second."""
+
+    def __init__(self, *, batch: int, max_lag: int) -> None:
+        self._batch = batch
+        self._slots = (max_lag + 1) * batch
+        self._started = 0
+        self._taken = 0
+        self._released = 0
+        self._finished: dict[int, Trajectory] = {}
+        self._changed = asyncio.Condition()
+
+    async def admit(self) -> int:
+        """The index of the next prompt, as soon as it may start."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._started < self._released + self._slots)
+            self._started += 1
+            return self._started - 1
+
+    async def put(self, trajectory: Trajectory) -> None:
+        """Stores a finished trajectory under its prompt's index."""
+        index = trajectory.rollout.index
+        assert self._taken <= index < self._started, f"trajectory {index} is not in flight ({self._taken} to {self._started - 1} are)"
+        assert index not in self._finished, f"trajectory {index} was stored twice"
+        async with self._changed:
+            self._finished[index] = trajectory
+            self._changed.notify_all()
+
+    async def take(self) -> tuple[Trajectory, ...]:
+        """The next batch in order of start, once all of it has finished."""
+        wanted = range(self._taken, self._taken + self._batch)
+        async with self._changed:
+            await self._changed.wait_for(lambda: all(index in self._finished for index in wanted))
+            self._taken += self._batch
+            return tuple(self._finished.pop(index) for index in wanted)
+
+    async def release(self, version: int) -> None:
+        """Frees the slots that led to `version`, which every rollout replica now samples from."""
+        assert self._released <= version * self._batch <= self._taken, f"version {version} is published before it was trained"
+        async with self._changed:
+            self._released = version * self._batch
+            self._changed.notify_all()

@@ -1,0 +1,268 @@
+"""Everything that crosses a border between rooms. Who reads this file knows the system.
+
+Response-aligned arrays are numpy (they travel between processes as raw buffers); target-aligned tensors are torch (they
+live inside the learner). Log-probabilities are natural logarithms. p is the student, q the teacher, b the behaviour
+policy: the student version that sampled the token. `None` means "not asked for", never "not yet".
+
+Dimension key: P prompt tokens, R response tokens, K ids per position, m tail draws per position, T packed targets,
+D hidden size, N sequences in a micro-batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+# ---------------------------------------------------------------------------------------------- what is asked for
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What an estimator asks of rollouts and teachers; nothing else is computed, shipped or stored."""
+
+    behaviour_logp: bool = False  # log b of the generated token
+    head: int = 0  # K: ids of the K largest b per position, with log b
+    tail_draws: int = 0  # m: independent draws per position from b restricted to the ids outside the head
+    teacher_token: bool = False  # log q of the generated token
+    teacher_head: bool = False  # log q at the rollout's head ids
+    teacher_draws: bool = False  # log q at the tail draws
+    teacher_top: int = 0  # K: ids of the K largest q per position, with log q
+    generation: bool = True  # False: the data set's own completions are trained on, nothing is sampled
+
+    @property
+    def teacher(self) -> bool:
+        """Whether any teacher is needed at all."""
+        return self.teacher_token or self.teacher_head or self.teacher_draws or self.teacher_top > 0
+
+
+# ---------------------------------------------------------------------------------------- response-aligned, travels
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt; its index grows for ever and is the resume cursor."""
+
+    index: int  # 0, 1, 2, ... over all epochs: also the order of training
+    token_ids: np.ndarray  # [P] int32
+    completion_ids: np.ndarray | None = None  # [R] int32, with the end-of-sequence id; for supervised training only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of response tokens sampled by one policy version; it ends where the next one starts."""
+
+    first_token: int  # offset in the response
+    version: int  # number of optimizer steps behind the weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A finished response and what the sampler knew while it was drawn."""
+
+    index: int
+    prompt_ids: np.ndarray  # [P] int32
+    response_ids: np.ndarray  # [R] int32, includes the end-of-sequence id when finish_reason is "stop"
+    logp: np.ndarray | None = None  # [R] float32, log b(token) of the distribution that was sampled from
+    head_ids: np.ndarray | None = None  # [R, K] int32, distinct, by falling b
+    head_logp: np.ndarray | None = None  # [R, K] float32, log b
+    draw_ids: np.ndarray | None = None  # [R, m] int32, never in the head; duplicates are independent draws
+    draw_logp: np.ndarray | None = None  # [R, m] float32, log b over the *whole* vocabulary
+    segments: tuple[Segment, ...]  # at least one; the first starts at token 0
+    finish_reason: str  # "stop" | "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherScores:
+    """Teacher log-probabilities at the positions of one response."""
+
+    index: int
+    token_logp: np.ndarray | None = None  # [R] float32, log q(token)
+    head_logp: np.ndarray | None = None  # [R, K] float32, log q at Rollout.head_ids
+    draw_logp: np.ndarray | None = None  # [R, m] float32, log q at Rollout.draw_ids
+    top_ids: np.ndarray | None = None  # [R, K] int32, distinct, by falling q
+    top_logp: np.ndarray | None = None  # [R, K] float32, log q
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """What the learner trains on: one rollout with its teacher scores."""
+
+    rollout: Rollout
+    teacher: TeacherScores | None
+
+
+# ------------------------------------------------------------------------------------------ target-aligned, learner
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdSet:
+    """K ids per target with their cached log-probabilities."""
+
+    ids: torch.Tensor  # [T, K] int64; 0 where `mask` of the micro-batch is False
+    behaviour_logp: torch.Tensor | None  # [T, K] float32, log b
+    teacher_logp: torch.Tensor | None  # [T, K] float32, log q
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Sequences packed end to end. Target t is the token after input t: the only shift by one in the house."""
+
+    token_ids: torch.Tensor  # [T] int64, inputs
+    positions: torch.Tensor  # [T] int64, position inside its own sequence
+    boundaries: torch.Tensor  # [N + 1] int32, first input of each sequence, then T
+    mask: torch.Tensor  # [T] bool, True where the target is a response token
+    lag_origin: torch.Tensor  # [T] int64, policy version that sampled the target; -1 where mask is False
+    token: IdSet  # K = 1: the target itself
+    head: IdSet | None = None
+    draws: IdSet | None = None
+    top: IdSet | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdScores:
+    """An `IdSet` seen by the current student."""
+
+    ids: torch.Tensor  # [T, K] int64
+    student_logp: torch.Tensor  # [T, K] float, log p, differentiable
+    behaviour_logp: torch.Tensor | None  # [T, K] float, log b
+    teacher_logp: torch.Tensor | None  # [T, K] float, log q
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """All that an estimator sees. Tensor parallelism is gone; rows with mask False hold arbitrary finite numbers."""
+
+    mask: torch.Tensor  # [T] bool
+    token: IdScores  # K = 1: the target itself
+    head: IdScores | None = None
+    draws: IdScores | None = None
+    top: IdScores | None = None
+    top_log_tail: torch.Tensor | None = None  # [T] float, log of the student mass outside top.ids, differentiable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One loss per token, and per-token diagnostics that the learner averages over the global token count."""
+
+    loss: torch.Tensor  # [T] float, nats
+    diagnostics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name -> [T], detached; "kl" where known
+
+
+# ------------------------------------------------------------------------------------------------ reports, requests
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step as the learner saw it."""
+
+    version: int  # optimizer steps done, this one included
+    loss: float  # nats per response token, over the global batch
+    diagnostics: dict[str, float]  # per-token means over the global batch
+    grad_norm: float  # before clipping
+    learning_rate: float
+    sequences: int
+    tokens: int  # response tokens: the denominator of the loss
+    lags: dict[int, int]  # lag in optimizer steps -> response tokens
+    seconds: dict[str, float]  # stage -> s, wall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message of every role: who speaks."""
+
+    role: str  # "learner" | "rollout" | "teacher"
+    replica: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Controller to rollout -> Rollout."""
+
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Controller to teacher -> TeacherScores."""
+
+    rollout: Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """Controller to learner -> StepReport. All trajectories of one optimizer step."""
+
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a rendezvous store listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTransport:
+    """Controller to learner -> Address: listen for `receivers` weight receivers, which join as ranks 1.. of the group."""
+
+    receivers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinTransport:
+    """Controller to rollout -> Done: join the weight group at ranks first_rank .. first_rank + tp - 1."""
+
+    address: Address
+    first_rank: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendWeights:
+    """Controller to learner -> Done: stream the current weights to all receivers."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiveWeights:
+    """Controller to rollout -> Done: pause, receive, swap, resume."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Controller to learner -> Done: write the current weights as a Hugging Face folder."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Controller to any role -> Done, then the role ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The plain answer, with what was spent on it."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # part -> s, wall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a weight update under its Hugging Face name; a manifest is a tuple of these, in sending order."""
+
+    name: str
+    dtype: str  # "bfloat16" | "float32" | ...: an attribute of torch
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabShard:
+    """The vocabulary rows [start, stop) that this rank's head shard holds, and who holds the rest."""
+
+    start: int
+    stop: int  # rows of the head at or past `vocab_size - start` are padding and count for nothing
+    vocab_size: int  # true size over all ranks, without padding
+    group: torch.distributed.ProcessGroup | None = None  # None: this rank holds the whole vocabulary
+    sequence_parallel: bool = False  # hidden states arrive split over the group along T
