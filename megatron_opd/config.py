@@ -210,7 +210,7 @@ class Config:
             "teacher.path is missing; name a Hugging Face folder or set teacher.backend=none",
         )
         warmup = self.learner.optimizer.warmup_steps
-        _require(warmup <= self.loop.steps, f"learner.optimizer.warmup_steps={warmup} is longer than loop.steps={self.loop.steps}")
+        _require(warmup < self.loop.steps, f"learner.optimizer.warmup_steps={warmup} must be less than loop.steps={self.loop.steps}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

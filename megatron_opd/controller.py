@@ -17,7 +17,6 @@ from megatron_opd.metrics import StepLog
 from megatron_opd.runtime.rpc import Peer, least_busy
 from megatron_opd.store.fifo import TrajectoryStore
 from megatron_opd.types import (
-    Done,
     Export,
     Generate,
     HostTransport,
@@ -25,6 +24,7 @@ from megatron_opd.types import (
     Prompt,
     ReceiveWeights,
     Rollout,
+    RunSummary,
     Score,
     Segment,
     SendWeights,
@@ -42,6 +42,10 @@ class Roles:
     learner: Peer
     rollouts: Sequence[Peer] = ()  # none: the prompts' own completions are trained on
     teachers: Sequence[Peer] = ()  # none: the estimator needs no teacher
+
+    @property
+    def everyone(self) -> tuple[Peer, ...]:
+        return (self.learner, *self.rollouts, *self.teachers)
 
 
 @dataclass(slots=True)
@@ -65,18 +69,22 @@ class Controller:
         self._store = TrajectoryStore(batch=config.loop.batch, max_lag=config.loop.max_lag)
         self.totals = Totals()
 
-    async def run(self, export_path: str) -> None:
+    async def run(self, export_path: str) -> RunSummary:
         """Trains for `loop.steps` optimizer steps, writes the student to `export_path`, stops all roles.
 
         Raises:
             ExceptionGroup: of PeerError and the like, the first failure of any role.
         """
         await self._open_transport()
+        started = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._admit(tasks))
             await self._train()
+        summary = self._summary(time.monotonic() - started, export_path)
         await self._roles.learner.call(Export(path=export_path), self._timeout_s)
-        await self._all(Stop(), [self._roles.learner, *self._roles.rollouts, *self._roles.teachers])
+        for peer in self._roles.everyone:
+            await peer.call(Stop(), self._timeout_s)
+        return summary
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         for _ in range(self._config.loop.steps * self._config.loop.batch):
@@ -87,7 +95,7 @@ class Controller:
         rollout = await self._generate(prompt)
         teacher = None
         if self._roles.teachers:
-            teacher = await least_busy(self._roles.teachers).call(Score(rollout=rollout), self._timeout_s)
+            teacher = await least_busy(self._roles.teachers).call(Score(rollouts=(rollout,)), self._timeout_s)
         await self._store.put(Trajectory(rollout=rollout, teacher=teacher))
 
     async def _generate(self, prompt: Prompt) -> Rollout:
@@ -134,8 +142,24 @@ class Controller:
         slowest = max((task.result() for task in receive), key=lambda done: sum(done.seconds.values()))
         return {f"send.{k}": v for k, v in send.result().seconds.items()} | {f"receive.{k}": v for k, v in slowest.seconds.items()}
 
-    async def _all(self, message: object, peers: Sequence[Peer]) -> list[Done]:
-        return list(await asyncio.gather(*(peer.call(message, self._timeout_s) for peer in peers)))
+    def _summary(self, wall_s: float, export_path: str) -> RunSummary:
+        busy = Counter({"rollout": 0.0, "teacher": 0.0, "learner": 0.0})
+        for peer in self._roles.everyone:
+            busy[peer.hello.role] += peer.busy_s
+        return RunSummary(
+            steps=self._config.loop.steps,
+            max_lag=self._config.loop.max_lag,
+            observed_lag_max=max(self.totals.lags, default=0),
+            lag_histogram=dict(sorted(self.totals.lags.items())),
+            tokens=self.totals.tokens,
+            wall_seconds=wall_s,
+            tokens_per_second=self.totals.tokens / wall_s,
+            tokens_per_second_by_stage={role: self.totals.tokens / busy_s for role, busy_s in busy.items() if busy_s > 0},
+            seconds_by_stage=dict(self.totals.seconds),
+            busy_seconds=dict(busy),
+            overlap=sum(busy.values()) / wall_s,
+            hf_export=export_path,
+        )
 
     def _account(self, report: StepReport, seconds: dict[str, float], parts: dict[str, float], batch: Sequence[Trajectory]) -> None:
         self.totals.tokens += report.tokens

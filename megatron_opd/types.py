@@ -161,6 +161,29 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What a run did, as `summary.json` tells it. The evaluation fills the last fields where one was asked for."""
+
+    steps: int
+    max_lag: int  # the bound
+    observed_lag_max: int  # what happened
+    lag_histogram: dict[int, int]  # lag in optimizer steps -> response tokens
+    tokens: int  # response tokens trained on
+    wall_seconds: float  # of the loop, without start-up, export and evaluation
+    tokens_per_second: float  # tokens / wall_seconds
+    tokens_per_second_by_stage: dict[str, float]  # role -> tokens / busy seconds of the role
+    seconds_by_stage: dict[str, float]  # stage or stage.part -> s, wall, summed over steps
+    busy_seconds: dict[str, float]  # role -> s with work at hand, summed over replicas
+    overlap: float  # busy seconds of all roles / wall_seconds
+    hf_export: str  # Hugging Face folder of the trained student
+    accuracy_before: float | None = None  # mean verifier score, greedy, held-out prompts
+    accuracy_after: float | None = None
+    teacher_accuracy: float | None = None
+    kl_before: float | None = None  # nats per token, KL(student || teacher) on the student's own held-out samples
+    kl_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """First message of every role: who speaks."""
 
@@ -179,9 +202,9 @@ class Generate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Controller to teacher -> TeacherScores."""
+    """Controller to teacher, one rollout -> TeacherScores. Inside a teacher: as many as its ranks score together."""
 
-    rollout: Rollout
+    rollouts: tuple[Rollout, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

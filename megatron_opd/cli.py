@@ -1,0 +1,113 @@
+"""The command line: `megatron-opd train | role | evaluate`."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_opd import config as configs
+from megatron_opd.errors import ConfigError, OPDError
+from megatron_opd.launch import Children, prepare, report_death
+from megatron_opd.placement import Process, place
+from megatron_opd.progress import Progress, console
+
+
+def main() -> None:
+    """Runs one command; exit code 0 only if it did what was asked."""
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except OPDError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; all roles have ended, what was finished is in the run directory", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-opd", description="On-policy distillation with a Megatron-Core learner and vLLM rollouts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run all roles on this machine, then evaluate")
+    train.add_argument("config", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and the roles, start nothing")
+    train.set_defaults(run=_train)
+
+    role = commands.add_parser("role", help="run one process of a role (what SLURM calls)")
+    role.add_argument("name", choices=["controller", "learner", "rollout", "teacher", "evaluate"])
+    role.add_argument("config", type=Path, help="the resolved config.yaml in the run directory")
+    role.add_argument("--index", type=int, default=int(os.environ.get("SLURM_PROCID", 0)), help="among the processes of this role")
+    role.set_defaults(run=_role)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = configs.load(arguments.config, arguments.overrides)
+    from megatron_opd.preflight import build_estimator, check
+
+    needs = build_estimator(config).needs
+    processes = place(config, generation=needs.generation)
+    if arguments.dry_run:
+        check(config)
+        console().print(configs.to_yaml(config), _roles(processes), highlight=False)
+        return
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    folder = prepare(config)
+    with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
+        for process in processes:
+            children.start(process)
+        children.watch("controller", progress)
+    if config.eval.prompts:
+        console().print("evaluating on held-out prompts ...")
+        with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
+            children.start(Process(role="evaluate", index=0, replica=0, rank=0, world_size=1, cores=()))
+            children.watch("evaluate", progress)
+    from megatron_opd.summary import show
+
+    show(folder / "summary.json", console())
+
+
+def _roles(processes: tuple[Process, ...]) -> Table:
+    table = Table("process", "replica", "rank", "cores", title="roles")
+    for process in processes:
+        table.add_row(process.name, str(process.replica), f"{process.rank}/{process.world_size}", ", ".join(map(str, process.cores)) or "any")
+    return table
+
+
+def _role(arguments: argparse.Namespace) -> None:
+    from megatron_opd.runtime.process import die_with_parent, pin
+
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    config = configs.load(arguments.config)
+    try:
+        process = _process(config, arguments.name, arguments.index)
+        pin(process.cores)
+        from megatron_opd.roles import run_role
+
+        run_role(config, process)
+    except BaseException as error:  # a role's outermost line: the launcher must learn what it died of
+        report_death(_root(error))
+        traceback.print_exc()
+        os._exit(1)  # engines and process groups of a broken role may block an orderly exit for ever
+
+
+def _process(config: configs.Config, name: str, index: int) -> Process:
+    if name == "evaluate":
+        return Process(role=name, index=0, replica=0, rank=0, world_size=1, cores=())
+    processes = [process for process in place(config, generation=True) if process.role == name]
+    if not 0 <= index < len(processes):
+        raise ConfigError(f"role {name} has {len(processes)} processes by this config, so --index={index} is not one of them")
+    return processes[index]
+
+
+def _root(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

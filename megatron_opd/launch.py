@@ -1,0 +1,149 @@
+"""Runs all roles of a job on this machine and watches them: the first to die ends the run, and nobody outlives it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from megatron_opd.config import Config, to_yaml
+from megatron_opd.errors import ConfigError, OPDError, PeerError
+from megatron_opd.placement import Process
+from megatron_opd.progress import Progress
+from megatron_opd.runtime.environment import environment
+from megatron_opd.runtime.rpc import make_keys
+
+_REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # where a role writes the error it dies of; a pipe, so that a full disk hides nothing
+_GRACE_S = 10.0  # for the others to end after the controller has
+_TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
+
+
+class RoleDied(OPDError):
+    """A role ended before its time; the message is its own last error where it left one."""
+
+
+@dataclass(slots=True)
+class Child:
+    """A started role process."""
+
+    process: Process
+    popen: subprocess.Popen
+    log: Path
+    report: IO[bytes]  # read end of its error pipe
+
+
+def prepare(config: Config) -> Path:
+    """Makes the run directory with resolved config and keys.
+
+    Raises:
+        ConfigError: it already holds a run, or cannot be written.
+    """
+    folder = Path(config.run.dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"run.dir={folder} is not empty; name a new directory, or remove the old run")
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        make_keys(folder / "keys")
+        (folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder} cannot be written: {error}") from error
+    return folder
+
+
+class Children:
+    """The processes of a run. Leaving the context ends all of them, whatever happened."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder = folder
+        self._config = config
+        self._children: list[Child] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + _TERMINATE_S
+        while time.monotonic() < deadline and any(child.popen.poll() is None for child in self._children):
+            time.sleep(0.02)
+        self._signal(signal.SIGKILL)
+        for child in self._children:
+            child.popen.wait()
+            child.report.close()
+
+    def start(self, process: Process) -> None:
+        """Starts one role in a session of its own, its output in `logs/`."""
+        command = [sys.executable, "-m", "megatron_opd", "role", process.role, str(self._folder / "config.yaml"), "--index", str(process.index)]
+        log = self._folder / "logs" / f"{process.name}.log"
+        reading, writing = os.pipe()
+        with log.open("ab") as output:
+            popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment(self._config.run.device), _REPORT_FD: str(writing)},
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
+        os.close(writing)
+        os.set_blocking(reading, False)
+        self._children.append(Child(process=process, popen=popen, log=log, report=os.fdopen(reading, "rb")))
+
+    def watch(self, leader: str, progress: Progress) -> None:
+        """Returns when the leader has ended well and all others after it.
+
+        Raises:
+            RoleDied: any role failed or was killed.
+        """
+        while any(child.popen.poll() is None for child in self._children if child.process.role == leader):
+            self._raise_if_any_failed()
+            progress.update()
+            time.sleep(0.05)
+        deadline = time.monotonic() + _GRACE_S
+        while late := [child.process.name for child in self._children if child.popen.poll() is None]:
+            self._raise_if_any_failed()
+            if time.monotonic() > deadline:
+                raise RoleDied(f"{', '.join(late)} did not end within {_GRACE_S:g} s of the {leader}; see {self._folder / 'logs'}")
+            time.sleep(0.02)
+        self._raise_if_any_failed()
+        progress.update()
+
+    def _raise_if_any_failed(self) -> None:
+        if all(child.popen.poll() in (None, 0) for child in self._children):
+            return
+        time.sleep(0.5)  # the cause and those it took with it die within moments: let all of them speak
+        failed = [child for child in self._children if child.popen.poll() not in (None, 0)]
+        raise RoleDied(min(_cause(child) for child in failed)[1])
+
+    def _signal(self, number: signal.Signals) -> None:
+        for child in self._children:
+            try:
+                os.killpg(child.popen.pid, number)
+            except ProcessLookupError:
+                continue
+
+
+def _cause(child: Child) -> tuple[int, str]:
+    """How likely this death is the root of the others (smaller is likelier), and what to tell the user."""
+    code = child.popen.returncode
+    reports = (child.report.read() or b"").splitlines()
+    if reports:
+        first = json.loads(reports[0])
+        return (2 if first["kind"] == PeerError.__name__ else 0), f"{child.process.name}: {first['message']} (log: {child.log})"
+    if code < 0:
+        return 1, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
+    return 3, f"{child.process.name} ended with exit code {code} (log: {child.log})"
+
+
+def report_death(error: BaseException) -> None:
+    """Called by a dying role: tells the launcher why, if there is one."""
+    descriptor = os.environ.get(_REPORT_FD)
+    if descriptor is not None:
+        line = json.dumps({"kind": type(error).__name__, "message": str(error) or type(error).__name__})
+        os.write(int(descriptor), line.encode()[:60_000] + b"\n")

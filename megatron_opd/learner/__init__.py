@@ -1,0 +1,1 @@
+"""The Megatron-Core learner: trajectories in, one optimizer step and new weights out."""

@@ -1,0 +1,167 @@
+"""One optimizer step on trajectories, and the weights that come of it. Every rank of the learner runs this in lockstep.
+
+It alone reduces: an estimator's loss per token is summed over micro-batches and data-parallel ranks and divided by the
+one global count of response tokens. Logits never exist: hidden states leave the last pipeline stage for the kernel door.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from transformers import PretrainedConfig
+
+from megatron_opd.config import LearnerConfig
+from megatron_opd.data.packing import pack, plan
+from megatron_opd.errors import OPDError
+from megatron_opd.interfaces import Estimator
+from megatron_opd.learner import optimizer
+from megatron_opd.learner.scores import score
+from megatron_opd.model import parallel
+from megatron_opd.model.build import build, head_weight
+from megatron_opd.model.convert import export_hf, load_hf
+from megatron_opd.model.forward import forward_hidden
+from megatron_opd.runtime.collective import Ranks
+from megatron_opd.types import MicroBatch, Needs, StepReport, TensorSpec, Trajectory, VocabShard
+from megatron_opd.weights.mapping import hf_manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentModel:
+    """Which model to train, and for how long."""
+
+    path: str  # Hugging Face folder
+    hf_config: PretrainedConfig
+    steps: int  # optimizer steps of the whole run
+    seed: int
+    device: str  # "cpu" | "cuda"
+
+
+class Learner:
+    """The student under training: model, optimizer, schedule."""
+
+    def __init__(self, student: StudentModel, settings: LearnerConfig, estimator: Estimator, ranks: Ranks) -> None:
+        self._settings = settings
+        self._estimator = estimator
+        self._ranks = ranks
+        self._hf_config = student.hf_config
+        self._dtype = getattr(torch, settings.dtype)
+        self._parallel = parallel.ParallelConfig(
+            tensor=settings.tensor_parallel,
+            pipeline=settings.pipeline_parallel,
+            data=settings.data_parallel,
+            sequence_parallel=settings.sequence_parallel,
+        )
+        parallel.initialize(self._parallel, device=student.device, seed=student.seed)
+        self._module = build(student.hf_config, self._parallel, dtype=self._dtype, recompute=settings.recompute, device=student.device)
+        load_hf(self._module, student.path, student.hf_config, self._parallel)
+        self._module.config.finalize_model_grads_func = finalize_model_grads
+        self._model = optimizer.wrap(self._module)
+        self._optimizer, self._schedule = optimizer.build(settings.optimizer, self._model, dtype=self._dtype, steps=student.steps)
+        self._module.config.grad_scale_func = self._optimizer.scale_loss
+        self._forward_backward = get_forward_backward_func()
+        self._shard = parallel.vocab_shard(student.hf_config.vocab_size, self._parallel)
+        self.version = 0
+
+    def train(self, trajectories: Sequence[Trajectory]) -> StepReport:
+        """One optimizer step. Every rank gets the same trajectories, in the same order.
+
+        Raises:
+            OPDError: loss or gradient is not finite; the weights in memory must not be used any more.
+        """
+        started = time.monotonic()
+        micro_batches = self._pack(trajectories)
+        packed = time.monotonic()
+        sums = self._gradients(micro_batches)
+        computed = time.monotonic()
+        tokens = sum(len(t.rollout.response_ids) for t in trajectories)
+        means = {name: total / max(tokens, 1) for name, total in self._over_all_ranks(sums).items()}
+        if not math.isfinite(means["loss"]):
+            raise OPDError(f"step {self.version + 1}: the loss is {means['loss']}; lower learner.optimizer.lr or check the teacher")
+        self._schedule.step(increment=1)
+        _, grad_norm, _ = self._optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise OPDError(f"step {self.version + 1}: the gradient norm is {grad_norm}; lower learner.optimizer.lr")
+        lags = self._lags(trajectories)
+        self.version += 1
+        return StepReport(
+            version=self.version,
+            loss=means.pop("loss"),
+            diagnostics=means,
+            grad_norm=float(grad_norm),
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            sequences=len(trajectories),
+            tokens=tokens,
+            lags=dict(lags),
+            seconds={"pack": packed - started, "forward_backward": computed - packed, "optimizer": time.monotonic() - computed},
+        )
+
+    def manifest(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """Names and shapes of the student's tensors in a Hugging Face folder."""
+        return hf_manifest(self._hf_config, dtype)
+
+    def weights(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors in the order of the manifest, on the first rank; the others take part and yield nothing."""
+        return export_hf(self._module, self._hf_config, self._parallel, dtype)
+
+    def _pack(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
+        lengths = [len(t.rollout.prompt_ids) + len(t.rollout.response_ids) - 1 for t in trajectories]
+        shares = plan(lengths, ranks=self._settings.data_parallel, micro_batch_tokens=self._settings.micro_batch_tokens)
+        multiple = self._settings.tensor_parallel if self._settings.sequence_parallel else 1
+        mine = shares[parallel.place().data]
+        return [pack([trajectories[i] for i in indices], self._estimator.needs, pad_multiple=multiple) for indices in mine]
+
+    def _gradients(self, micro_batches: list[MicroBatch]) -> Counter[str]:
+        """Forward and backward over all micro-batches; gradients end up summed over ranks and divided by the token count."""
+        self._model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        stats = self._forward_backward(
+            forward_step_func=partial(self._forward, seen_by=self._estimator.needs),
+            data_iterator=iter(micro_batches),
+            model=[self._model],
+            num_microbatches=len(micro_batches),
+            seq_length=self._settings.micro_batch_tokens,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        sums: Counter[str] = Counter()
+        for one in stats:
+            sums.update({name: float(value) for name, value in one.items()})
+        return sums
+
+    def _forward(self, batches: Iterator[MicroBatch], model: torch.nn.Module, *, seen_by: Needs) -> tuple[torch.Tensor, partial]:
+        batch = next(batches)
+        return forward_hidden(model, batch), partial(self._loss, batch=batch, needs=seen_by, shard=self._shard)
+
+    def _loss(
+        self, hidden: torch.Tensor, *, batch: MicroBatch, needs: Needs, shard: VocabShard
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """(sum over tokens, token count, sums to report): Megatron's protocol for a loss with a global denominator."""
+        scores = score(hidden.squeeze(1), head_weight(self._module), batch, needs, shard, chunk_tokens=self._settings.logps_chunk_tokens)
+        estimate = self._estimator(scores)
+        loss = torch.where(batch.mask, estimate.loss, 0.0).sum()
+        report = {"loss": loss.detach().clone()}
+        report |= {name: torch.where(batch.mask, value, 0.0).sum() for name, value in estimate.diagnostics.items()}
+        return loss, batch.mask.sum().int(), report
+
+    def _over_all_ranks(self, sums: Counter[str]) -> Counter[str]:
+        """Sums over data-parallel ranks of the last stage, on every rank."""
+        speaks = self._module.post_process and parallel.place().tensor == 0
+        total: Counter[str] = Counter()
+        for part in self._ranks.gather(msgspec.msgpack.encode(dict(sums)) if speaks else b"\x80"):
+            total.update(msgspec.msgpack.decode(part, type=dict[str, float]))
+        return total
+
+    def _lags(self, trajectories: Sequence[Trajectory]) -> Counter[int]:
+        lags: Counter[int] = Counter()
+        for t in trajectories:
+            ends = [segment.first_token for segment in t.rollout.segments[1:]] + [len(t.rollout.response_ids)]
+            for segment, end in zip(t.rollout.segments, ends, strict=True):
+                lags[self.version - segment.version] += end - segment.first_token
+        return lags

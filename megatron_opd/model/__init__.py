@@ -1,0 +1,1 @@
+"""Megatron-Core models from Hugging Face configs: built, sharded, run, filled and read out."""

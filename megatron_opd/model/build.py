@@ -1,0 +1,184 @@
+"""Megatron-Core GPTModels from Hugging Face configs. It refuses what it cannot reproduce, and loads no weights.
+
+Dimension key: T packed tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_opd.errors import ConfigError
+from megatron_opd.model.attention import PackedAttention
+from megatron_opd.model.norm import RMSNorm
+from megatron_opd.model.parallel import ParallelConfig, padded_vocab
+from megatron_opd.weights.architectures import Architecture, architecture
+
+
+def build(
+    hf_config: PretrainedConfig,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    recompute: bool = False,
+    device: torch.device | str = "cpu",
+) -> GPTModel:
+    """This rank's part of the model, its weights zero (norms one) until `convert.load_hf` fills them; after `parallel.initialize`.
+
+    Its last pipeline stage returns hidden states after the final norm, never logits; read it with `forward.forward_hidden`
+    and multiply with `head_weight`.
+
+    Raises:
+        ConfigError: the config asks for something that would change the numbers and is not supported, or `parallel`
+            does not divide the model.
+    """
+    arch = architecture(hf_config)
+    _refuse_unsupported(hf_config)
+    _refuse_indivisible(arch, parallel)
+    on_cuda = torch.device(device).type == "cuda"
+    config = _transformer_config(arch, hf_config.rms_norm_eps, parallel, dtype=dtype, recompute=recompute, on_cuda=on_cuda)
+    model = GPTModel(
+        config,
+        _te_spec(arch) if on_cuda else _local_spec(arch, parallel),
+        vocab_size=padded_vocab(arch.vocab, parallel.tensor),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=hf_config.rope_parameters["rope_theta"],
+    )
+    _scale_rope(model, hf_config)
+    if model.post_process:
+        # The head stays a module that GPTModel calls, so the hooks by which data parallelism gathers and reduces its
+        # weight fire as ever; only the product with the weight is left to the kernels.
+        model.output_layer.forward = _hand_through
+    return model.to(device)
+
+
+def head_weight(model: nn.Module) -> nn.Parameter:
+    """[V / TP, D], rows past the vocabulary zero: the LM head of the last stage, under any wrapper; the embedding when tied."""
+    gpt = gpt_of(model)
+    assert gpt.post_process, "only the last pipeline stage holds the LM head"
+    return gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+
+
+def gpt_of(model: nn.Module) -> GPTModel:
+    """The GPTModel inside Megatron's wrappers."""
+    return get_attr_wrapped_model(model, "shared_embedding_or_output_weight", return_model_obj=True)
+
+
+def _hand_through(hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    return hidden, None
+
+
+def _refuse_unsupported(hf_config: Any) -> None:
+    rope = hf_config.rope_parameters
+    wanted = {
+        "hidden_act": (hf_config.hidden_act, ("silu",)),
+        "attention_dropout": (hf_config.attention_dropout, (0,)),
+        "rope_type": (rope["rope_type"], ("default", "linear", "llama3")),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1,)),
+        "sliding_window": (getattr(hf_config, "sliding_window", None), (None,)),
+        "quantization_config": (getattr(hf_config, "quantization_config", None), (None,)),
+    }
+    for name, (got, allowed) in wanted.items():
+        if got not in allowed:
+            raise ConfigError(f"{name}={got!r} of this {hf_config.model_type} is not supported; wanted {' or '.join(map(repr, allowed))}")
+    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise ConfigError(f"layer_types holds {', '.join(sorted(layer_types))}; only full_attention is supported")
+
+
+def _refuse_indivisible(arch: Architecture, parallel: ParallelConfig) -> None:
+    splits = {
+        "num_attention_heads": (arch.heads, "tensor_parallel", parallel.tensor),
+        "num_query_groups": (arch.groups, "tensor_parallel", parallel.tensor),
+        "intermediate_size": (arch.ffn, "tensor_parallel", parallel.tensor),
+        "num_layers": (arch.layers, "pipeline_parallel", parallel.pipeline),
+    }
+    for name, (size, setting, ranks) in splits.items():
+        if size % ranks:
+            divisors = [str(n) for n in range(1, size + 1) if size % n == 0]
+            use = ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
+            raise ConfigError(f"{setting}={ranks} does not divide {name}={size}; use {use}")
+
+
+def _transformer_config(
+    arch: Architecture, eps: float, parallel: ParallelConfig, *, dtype: torch.dtype, recompute: bool, on_cuda: bool
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.groups,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=eps,
+        qk_layernorm=arch.qk_norm,
+        add_qkv_bias=arch.qkv_bias,
+        add_bias_linear=arch.linear_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,  # packed micro-batches differ in T, and pipeline stages must tell each other
+        moe_token_dispatcher_type="alltoall",  # unused, but its default is refused beside variable_seq_lengths
+        # Zeros rather than no initialization: that would also leave out the marks by which the gradient norm tells
+        # sharded weights from replicated ones.
+        init_method=nn.init.zeros_,
+        output_layer_init_method=nn.init.zeros_,
+        embedding_init_method=nn.init.zeros_,
+        calculate_per_token_loss=True,  # the loss function returns a sum and a count; DDP reads this when it is built
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        use_cpu_initialization=not on_cuda,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=on_cuda,
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=on_cuda,
+        apply_rope_fusion=on_cuda,
+    )
+
+
+def _te_spec(arch: Architecture) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+
+
+def _local_spec(arch: Architecture, parallel: ParallelConfig) -> TransformerBlockSubmodules:
+    """Megatron's own linear layers with a norm that knows sequence parallelism and an attention that knows packing."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * (arch.layers // parallel.pipeline), layer_norm=RMSNorm)
+
+
+def _scale_rope(model: GPTModel, hf_config: Any) -> None:
+    """Sets the frequencies that `transformers` computes; Megatron's own scaling has llama 3.1's constants built in."""
+    rope_type = hf_config.rope_parameters["rope_type"]
+    if rope_type != "default":
+        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+        assert attention_factor == 1.0, "supported rope types leave attention unscaled"
+        model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)

@@ -1,0 +1,99 @@
+"""Weights into and out of Megatron modules under their Hugging Face names. It knows ranks; `weights.mapping` knows names."""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_opd.model.build import gpt_of
+from megatron_opd.model.parallel import ParallelConfig, place
+from megatron_opd.weights.architectures import architecture
+from megatron_opd.weights.files import SafetensorsFolder
+from megatron_opd.weights.mapping import Rule, by_megatron_name, hf_manifest, rules, to_hf, to_megatron
+
+
+def load_hf(model: nn.Module, folder: str | Path, hf_config: Any, parallel: ParallelConfig) -> None:
+    """Fills this rank's parameters from a Hugging Face folder; every rank reads for itself, one parameter at a time.
+
+    Call it before the optimizer is built, which copies the weights into its masters.
+
+    Raises:
+        CheckpointError: the folder's tensors are not those that `hf_config` describes.
+    """
+    rule_of = by_megatron_name(rules(architecture(hf_config)))
+    with SafetensorsFolder(folder) as files:
+        files.check(hf_manifest(hf_config, "float32"))
+        for name, parameter in global_parameters(model, parallel):
+            shard = to_megatron(files.get, rule_of[name], tensor_rank=place().tensor, tensor_size=parallel.tensor)
+            assert shard.shape == parameter.shape, f"{name} is {tuple(parameter.shape)} in the model and {tuple(shard.shape)} by its rule"
+            with torch.no_grad():
+                parameter.copy_(shard)
+
+
+def export_hf(model: nn.Module, hf_config: Any, parallel: ParallelConfig, dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors in the order and dtype of `hf_manifest(hf_config, dtype)`: yielded on global rank 0, on other ranks nothing.
+
+    A collective over the ranks of the first replica: each must run the iterator to its end, at the pace of rank 0, which
+    holds one parameter at a time. Ranks of other replicas have nothing to do and end at once.
+    """
+    here = place()
+    if here.data:
+        return
+    arch = architecture(hf_config)
+    layers_per_stage = arch.layers // parallel.pipeline
+    parameters = dict(global_parameters(model, parallel))
+    for rule in rules(arch):
+        stage = rule.layer // layers_per_stage
+        if here.pipeline == stage:
+            shards = _gather(_parameter(parameters, rule).detach().to(getattr(torch, dtype)), parallel.tensor)
+            tensors = to_hf(rule, shards) if shards else []
+        else:
+            tensors = []
+        if here.tensor == 0 and stage > 0:
+            tensors = _forward_to_first_stage(tensors, rule, stage, dtype)
+        if here.tensor == here.pipeline == 0:
+            yield from tensors
+
+
+def global_parameters(model: nn.Module, parallel: ParallelConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters, layers counted over all pipeline stages."""
+    gpt = gpt_of(model)
+    first_layer = place().pipeline * (gpt.config.num_layers // parallel.pipeline)
+    for name, parameter in gpt.named_parameters():
+        yield re.sub(r"^decoder\.layers\.(\d+)\.", lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", name), parameter
+
+
+def _parameter(parameters: dict[str, nn.Parameter], rule: Rule) -> nn.Parameter:
+    return next(parameters[name] for name in rule.megatron if name in parameters)
+
+
+def _gather(shard: Tensor, size: int) -> list[Tensor]:
+    """All shards on the first tensor-parallel rank, nothing on the others."""
+    if size == 1:
+        return [shard]
+    group = parallel_state.get_tensor_model_parallel_group()
+    first = dist.get_process_group_ranks(group)[0]
+    shards = [torch.empty_like(shard) for _ in range(size)] if dist.get_rank() == first else None
+    dist.gather(shard.contiguous(), shards, dst=first, group=group)
+    return shards or []
+
+
+def _forward_to_first_stage(tensors: list[tuple[str, Tensor]], rule: Rule, stage: int, dtype: str) -> list[tuple[str, Tensor]]:
+    """Sends from the first tensor-parallel rank of `stage` to rank 0; other stages stand by."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks = dist.get_process_group_ranks(group)
+    if dist.get_rank() == ranks[stage]:
+        for _, tensor in tensors:
+            dist.send(tensor.contiguous(), dst=ranks[0], group=group)
+    elif dist.get_rank() == ranks[0]:
+        empty = partial(torch.empty, dtype=getattr(torch, dtype), device=torch.cuda.current_device())
+        tensors = [(name, empty(shape)) for name, shape in zip(rule.hf, rule.shapes, strict=True)]
+        for _, tensor in tensors:
+            dist.recv(tensor, src=ranks[stage], group=group)
+    return tensors

@@ -1,0 +1,293 @@
+"""The composition root: what each role is made of, and the loop in which it answers the controller.
+
+The only file that names the concrete learner, rollout and teacher. Each guest is imported by the role that needs it.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from megatron_opd.config import Config
+from megatron_opd.interfaces import RolloutBackend, TeacherBackend
+from megatron_opd.placement import Process
+from megatron_opd.preflight import build_estimator, check, load_hf_config
+from megatron_opd.runtime import rpc, wire
+from megatron_opd.runtime.collective import Ranks
+from megatron_opd.types import (
+    Done,
+    Export,
+    Generate,
+    HostTransport,
+    JoinTransport,
+    ReceiveWeights,
+    Rollout,
+    Score,
+    SendWeights,
+    Stop,
+    Train,
+)
+from megatron_opd.weights.files import write_folder
+from megatron_opd.weights.transport import BroadcastSender
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_opd.learner.learner import Learner
+
+
+T = TypeVar("T")
+D = TypeVar("D", bound=rpc.Desk)
+Requests = list[tuple[bytes, object]]  # (request number, message)
+Handler = Callable[[object], list[object]]  # one answer for each request in the group
+Batches = Callable[[Requests], Iterable[tuple[list[bytes], object]]]  # groups requests into one message each
+
+
+def run_role(config: Config, process: Process) -> None:
+    """Runs one role process until the controller stops it."""
+    roles: dict[str, Callable[[Config, Process], None]] = {
+        "controller": _controller,
+        "learner": _learner,
+        "rollout": lambda config, process: asyncio.run(_rollout(config, process)),
+        "teacher": _teacher,
+    }
+    roles[process.role](config, process)
+
+
+def _controller(config: Config, process: Process) -> None:
+    asyncio.run(_control(config))
+
+
+async def _control(config: Config) -> None:
+    from megatron_opd.controller import Controller, Roles
+    from megatron_opd.data.prompts import PromptSource
+    from megatron_opd.metrics import StepLog
+
+    folder = Path(config.run.dir)
+    needs = build_estimator(config).needs
+    async with rpc.Hub(folder / "keys", config.run.host, config.run.port) as hub:
+        rpc.publish_address(folder / "controller.json", hub.address)
+        checked = await asyncio.to_thread(check, config)
+        wait_s = config.run.start_timeout_s
+        roles = Roles(
+            learner=(await hub.peers("learner", 1, wait_s))[0],
+            rollouts=await hub.peers("rollout", config.rollout.replicas, wait_s) if needs.generation else (),
+            teachers=await hub.peers("teacher", config.teacher.replicas, wait_s) if needs.teacher else (),
+        )
+        log = StepLog(folder)
+        prompts = PromptSource(checked.records, seed=config.run.seed, shuffle=config.data.shuffle)
+        controller = Controller(config, prompts, roles, log)
+        summary = await controller.run(str(folder / "hf"))
+        log.close()
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
+
+
+def _ranks(config: Config, process: Process) -> Ranks:
+    return Ranks(
+        folder=Path(config.run.dir) / "rendezvous",
+        name=f"{process.role}-{process.replica}",
+        rank=process.rank,
+        world_size=process.world_size,
+        host=config.run.host,
+        device=config.run.device,
+        timeout_s=config.run.peer_timeout_s,
+    )
+
+
+def _open(kind: type[D], config: Config, process: Process) -> D:
+    folder = Path(config.run.dir)
+    address = rpc.await_address(folder / "controller.json", config.run.start_timeout_s)
+    return kind(folder / "keys", address, rpc.hello(process.role, process.replica))
+
+
+def _learner(config: Config, process: Process) -> None:
+    from megatron_opd.learner.learner import Learner, StudentModel
+
+    ranks = _ranks(config, process)
+    student = StudentModel(
+        path=config.student.path,
+        hf_config=load_hf_config(config.student.path),
+        steps=config.loop.steps,
+        seed=config.run.seed,
+        device=config.run.device,
+    )
+    learner = Learner(student, config.learner, build_estimator(config), ranks)
+    desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
+    _serve_ranks(desk, ranks, LearnerHandler(config, learner, first=process.rank == 0), _one_by_one)
+
+
+class LearnerHandler:
+    """Answers requests to the learner; every rank runs it in lockstep, the first rank's answer counts."""
+
+    def __init__(self, config: Config, learner: "Learner", *, first: bool) -> None:
+        self._config = config
+        self._learner = learner
+        self._first = first
+        self._sender = BroadcastSender(
+            host=config.run.host, device=config.run.device, bucket_bytes=config.learner.bucket_bytes, timeout_s=config.run.peer_timeout_s
+        )
+
+    def __call__(self, message: object) -> list[object]:
+        match message:
+            case Train(trajectories=trajectories):
+                return [self._learner.train(trajectories)]
+            case HostTransport(receivers=receivers):
+                return [self._sender.listen(receivers) if self._first else None]
+            case SendWeights(version=version):
+                assert version == self._learner.version, f"asked to send version {version}, have {self._learner.version}"
+                dtype = self._config.rollout.dtype
+                return [Done(seconds=self._give(dtype, lambda w: self._sender.send(version, self._learner.manifest(dtype), w)) or {})]
+            case Export(path=path):
+                dtype, source = self._config.learner.dtype, self._config.student.path
+                self._give(dtype, lambda weights: write_folder(path, self._learner.manifest(dtype), weights, source=source))
+                return [Done()]
+            case Stop():
+                self._sender.close()
+                return [Done()]
+        raise AssertionError(f"a learner is not asked for {message!r:.80}")
+
+    def _give(self, dtype: str, take: Callable[[Iterator[tuple[str, "torch.Tensor"]]], T]) -> T | None:
+        """Lets the first rank take the full tensors that all ranks produce together."""
+        tensors = self._learner.weights(dtype)
+        if self._first:
+            return take(tensors)
+        for name, _ in tensors:
+            raise AssertionError(f"only the first rank receives full tensors, not this one {name}")
+        return None
+
+
+def _serve_ranks(desk: rpc.Desk | None, ranks: Ranks, handle: Handler, batches: Batches) -> None:
+    """The first rank takes requests and groups them; all ranks handle each group; the first rank answers."""
+    if desk is not None:
+        desk.greet()
+    while True:
+        for numbers, request in batches(desk.receive()) if desk is not None else [([], None)]:
+            request = _share(ranks, request)
+            try:
+                answers = handle(request)
+            except Exception as error:
+                if desk is not None:
+                    desk.fail(numbers[0], f"{type(error).__name__}: {error}")
+                raise
+            if desk is not None:
+                for number, answer in zip(numbers, answers, strict=True):
+                    desk.answer(number, answer)
+            if isinstance(request, Stop):
+                ranks.close()
+                if desk is not None:
+                    desk.close()
+                return
+
+
+def _one_by_one(requests: Requests) -> Iterator[tuple[list[bytes], object]]:
+    for number, message in requests:
+        yield [number], message
+
+
+def _by_tokens(limit: int) -> Batches:
+    """Scores together what fits `limit` tokens, in order of arrival; packing leaves no padding to sort away."""
+
+    def batches(requests: Requests) -> Iterator[tuple[list[bytes], object]]:
+        numbers: list[bytes] = []
+        rollouts: list[Rollout] = []
+        for number, message in requests:
+            if not isinstance(message, Score):
+                yield [number], message
+                continue
+            tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in (*rollouts, *message.rollouts))
+            if rollouts and tokens > limit:
+                yield numbers, Score(rollouts=tuple(rollouts))
+                numbers, rollouts = [], []
+            numbers.append(number)
+            rollouts += message.rollouts
+        if rollouts:
+            yield numbers, Score(rollouts=tuple(rollouts))
+
+    return batches
+
+
+def _share(ranks: Ranks, message: object | None) -> object:
+    if ranks.world_size == 1:
+        return message
+    frame = None
+    if message is not None:
+        name, body = wire.encode(message)
+        frame = len(name).to_bytes(1, "big") + name + body
+    frame = ranks.broadcast(frame)
+    end = 1 + frame[0]
+    return wire.decode(frame[1:end], frame[end:])
+
+
+async def _rollout(config: Config, process: Process) -> None:
+    from megatron_opd.rollout.engine import EngineSettings, VLLMRollout
+
+    settings = EngineSettings(
+        rollout=config.rollout,
+        path=config.student.path,
+        needs=build_estimator(config).needs,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        device=config.run.device,
+        seed=config.run.seed * 1000 + process.replica,
+        timeout_s=config.run.peer_timeout_s,
+    )
+    backend: RolloutBackend = await VLLMRollout.start(settings)
+    desk = _open(rpc.AsyncDesk, config, process)
+    desk.greet()
+
+    async def handle(message: object) -> object:
+        match message:
+            case Generate(prompt=prompt):
+                return await backend.generate(prompt)
+            case JoinTransport():
+                await backend.join_transport(message)
+                return Done()
+            case ReceiveWeights(version=version):
+                return Done(seconds=await backend.receive_weights(version))
+        raise AssertionError(f"a rollout is not asked for {message!r:.80}")
+
+    async def answer(number: bytes, message: object) -> None:
+        try:
+            desk.answer(number, await handle(message))
+        except Exception as error:
+            desk.fail(number, f"{type(error).__name__}: {error}")
+            raise
+
+    async with asyncio.TaskGroup() as tasks:
+        while True:
+            for number, message in await desk.areceive():
+                if isinstance(message, Stop):
+                    await backend.close()
+                    desk.answer(number, Done())
+                    desk.close()
+                    return
+                tasks.create_task(answer(number, message))
+
+
+def _teacher(config: Config, process: Process) -> None:
+    needs = build_estimator(config).needs
+    ranks = _ranks(config, process)
+    if config.teacher.backend == "megatron":
+        from megatron_opd.teacher.megatron import MegatronTeacher, TeacherModel
+
+        model = TeacherModel(
+            hf_config=load_hf_config(config.teacher.path),
+            vocab_size=load_hf_config(config.student.path).vocab_size,
+            device=config.run.device,
+            seed=config.run.seed,
+        )
+        teacher: TeacherBackend = MegatronTeacher(model, config.teacher, needs, ranks)
+    else:
+        from megatron_opd.teacher.vllm import VLLMTeacher
+
+        teacher = VLLMTeacher(config, needs)
+
+    def handle(message: object) -> list[object]:
+        if isinstance(message, Score):
+            return list(teacher.score(message.rollouts))
+        teacher.close()
+        return [Done()]
+
+    desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
+    _serve_ranks(desk, ranks, handle, _by_tokens(config.teacher.batch_tokens))

@@ -1,0 +1,1 @@
+"""Sampling from the student: vLLM and its scripted twin."""

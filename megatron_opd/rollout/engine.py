@@ -1,0 +1,268 @@
+"""Sampling with vLLM: one engine in a process of its own, its requests, its weight updates. Knows no learner and no loop."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from vllm import SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from megatron_opd.config import RolloutConfig
+from megatron_opd.errors import ConfigError, OPDError, PeerError, WeightSyncError
+from megatron_opd.rollout import draws, worker
+from megatron_opd.runtime.environment import check_packages
+from megatron_opd.types import JoinTransport, Needs, Prompt, Rollout, Segment
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What one rollout engine is."""
+
+    rollout: RolloutConfig
+    path: str  # Hugging Face folder of the student
+    needs: Needs
+    max_model_len: int  # tokens, prompt and response together
+    device: str = "cpu"  # "cpu" | "cuda"
+    seed: int = 0  # differs between replicas
+    version: int = 0  # optimizer steps behind the weights in `path`
+    timeout_s: float = 120.0  # of any single answer from engine or transport
+
+    def __post_init__(self) -> None:
+        if self.needs.head + self.needs.tail_draws > 0 and self.rollout.top_p < 1:
+            raise ConfigError(
+                f"rollout.top_p={self.rollout.top_p} cuts the distribution that head and tail draws are taken from; "
+                "set rollout.top_p=1 or use an estimator that needs neither"
+            )
+        vocabulary = json.loads((Path(self.path) / "config.json").read_text())["vocab_size"]
+        if self.needs.head + (self.needs.tail_draws > 0) > vocabulary:
+            raise ConfigError(f"a head of {self.needs.head} ids leaves no tail to draw from in a vocabulary of {vocabulary}; use a smaller head")
+
+
+def end_ids(path: str | Path) -> tuple[int, ...]:
+    """The ids that end a response: those of generation_config.json, else of config.json.
+
+    Raises:
+        ConfigError: neither file names one.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    raise ConfigError(f"neither generation_config.json nor config.json in {path} has an eos_token_id; add it, else no response can end")
+
+
+class VLLMRollout:
+    """`RolloutBackend` around vLLM's AsyncLLM. Make it with `start`; `generate` may run many times at once.
+
+    With `rollout.keep_kv` running requests go on with the KV cache of old weights after an update. vLLM cannot empty its
+    prefix cache while it keeps theirs, so prefix caching is off then: new prompts never meet stale keys. Without it running
+    requests are preempted and re-prefilled under the new weights, and the prefix cache is emptied with them.
+    """
+
+    def __init__(self, settings: EngineSettings, engine: AsyncLLM, pid: int) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._name = f"rollout engine (pid {pid})"
+        self._end_ids = list(end_ids(settings.path))
+        self._width = settings.needs.head + settings.needs.tail_draws
+        self._numbers = count()
+        self._running: set[asyncio.Task] = set()
+        self._finished: dict[str, tuple[int, asyncio.Future]] = {}  # key -> length; draws not asked for yet
+        self._fetching = asyncio.Lock()
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> "VLLMRollout":
+        """Starts the engine process and loads the model; blocks the event loop meanwhile.
+
+        Call it in the main thread: the engine dies with the thread that started it.
+        """
+        check_packages()
+        engine = AsyncLLM.from_engine_args(_engine_args(settings))
+        async with asyncio.timeout(settings.timeout_s):
+            pids = await engine.collective_rpc("opd_die_with_parent")
+            await engine.update_weight_version(str(settings.version))
+        return cls(settings, engine, pids[0])
+
+    async def generate(self, prompt: Prompt) -> Rollout:
+        """Samples one response.
+
+        Waits for the engine as long as it answers at all: every `timeout_s` it is asked whether it still turns.
+
+        Raises:
+            PeerError: the engine died or hangs, or was closed.
+        """
+        task = asyncio.create_task(self._generate(prompt))
+        self._running.add(task)
+        try:
+            while not (await asyncio.wait({task}, timeout=self._settings.timeout_s))[0]:
+                await self._ask("answer", self._engine.is_paused(), patience=3)
+            if task.cancelled():
+                raise PeerError(f"{self._name} was closed before it finished prompt {prompt.index}")
+            return task.result()
+        finally:
+            task.cancel()
+            self._running.discard(task)
+
+    async def join_transport(self, request: JoinTransport) -> None:
+        """Joins the learner's weight transport with all workers of this engine.
+
+        Raises:
+            PeerError: the learner does not listen there.
+        """
+        info = worker.JoinInfo(
+            host=request.address.host,
+            port=request.address.port,
+            first_rank=request.first_rank,
+            world_size=request.world_size,
+            timeout_s=self._settings.timeout_s,
+        )
+        await self._ask("join the weight transport", self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=vars(info))), patience=3)
+
+    async def receive_weights(self, version: int) -> dict[str, float]:
+        """Pauses between two tokens, receives, swaps, resumes.
+
+        Returns:
+            seconds: "pause" (finish the current step, empty caches), "receive" (wait for the learner, network, load), "swap", "resume".
+
+        Raises:
+            WeightSyncError: the update failed. The engine then holds half an update and must be closed.
+        """
+        engine, update = self._engine, worker.UpdateInfo(version=version)
+        seconds = {}
+        for part, what, call in (
+            ("pause", "pause", engine.pause_generation(mode="keep", clear_cache=not self._settings.rollout.keep_kv)),
+            ("swap", "open the update", engine.start_weight_update()),
+            ("receive", "receive weights", engine.update_weights(WeightTransferUpdateRequest(update_info=vars(update)))),
+            ("swap", "swap weights", engine.finish_weight_update(weight_version=str(version))),
+            ("resume", "resume", engine.resume_generation()),
+        ):
+            start = time.perf_counter()
+            await self._ask(f"{what} for version {version}", call, patience=3, error=WeightSyncError)
+            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+        return seconds
+
+    async def close(self) -> None:
+        """Gives up what still runs and ends the engine process; returns when it is gone."""
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._settings.timeout_s)
+        self._engine.shutdown(timeout=self._settings.timeout_s)
+
+    async def _generate(self, prompt: Prompt) -> Rollout:
+        key = f"{prompt.index}-{next(self._numbers)}"
+        params = self._sampling(key)
+        output = None
+        try:
+            async for output in self._engine.generate(TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()), params, key):
+                pass
+        except Exception as failure:  # vLLM wraps whatever happened in the engine into its own unrelated types
+            raise PeerError(f"{self._name} failed on prompt {prompt.index}: {failure}") from failure
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            raise PeerError(f"{self._name} gave up prompt {prompt.index} with finish reason {completion.finish_reason!r}")
+        recorded = await self._take(key, len(completion.token_ids)) if self._width else None
+        return self._rollout(prompt, completion, recorded)
+
+    def _sampling(self, key: str) -> SamplingParams:
+        rollout, needs = self._settings.rollout, self._settings.needs
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            stop_token_ids=self._end_ids,
+            logprobs=0 if needs.behaviour_logp or needs.tail_draws else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={draws.KEY: key} if self._width else None,
+        )
+
+    def _rollout(self, prompt: Prompt, completion: CompletionOutput, recorded: tuple[np.ndarray, np.ndarray] | None) -> Rollout:
+        head, needs = self._settings.needs.head, self._settings.needs
+        ids, logp = recorded if recorded is not None else (None, None)
+        return Rollout(
+            index=prompt.index,
+            prompt_ids=prompt.token_ids,
+            response_ids=np.asarray(completion.token_ids, dtype=np.int32),
+            logp=None if completion.logprobs is None else np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+            head_ids=ids[:, :head] if head else None,
+            head_logp=logp[:, :head] if head else None,
+            draw_ids=ids[:, head:] if needs.tail_draws else None,
+            draw_logp=logp[:, head:] if needs.tail_draws else None,
+            segments=tuple(Segment(first_token=s.start, version=int(s.version)) for s in completion.weight_versions if s.end > s.start),
+            finish_reason=completion.finish_reason,
+        )
+
+    async def _take(self, key: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draws of a finished request. Whoever holds the lock asks for all that have finished so far: one call for many."""
+        future = asyncio.get_running_loop().create_future()
+        self._finished[key] = (length, future)
+        async with self._fetching:
+            if not future.done():
+                await asyncio.sleep(0)  # lets the others that finished in the same engine step sign up
+                await self._fetch()
+        return future.result()
+
+    async def _fetch(self) -> None:
+        batch, self._finished = self._finished, {}
+        lengths = [length for length, _ in batch.values()]
+        futures = [future for _, future in batch.values()]
+        try:
+            blobs = await self._ask("hand over draws", self._engine.collective_rpc("opd_take_draws", args=(list(batch), lengths)), patience=3)
+            for future, recorded in zip(futures, draws.decode(blobs[0], lengths, self._width)):
+                future.set_result(recorded)
+        finally:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(PeerError(f"{self._name} did not hand over the draws of a finished request"))
+                    future.exception()  # not every waiter may come to look
+
+    async def _ask(self, what: str, call: Awaitable[T], *, patience: int = 1, error: type[OPDError] = PeerError) -> T:
+        limit_s = patience * self._settings.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await call
+        except TimeoutError as failure:
+            raise error(f"{self._name} did not {what} within {limit_s:g} s") from failure
+        except Exception as failure:  # vLLM hands on a worker's exception as a bare Exception with its text
+            raise error(f"{self._name} could not {what}: {failure}") from failure
+
+
+def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+    rollout, needs = settings.rollout, settings.needs
+    recorder = {"head": needs.head, "draws": needs.tail_draws}
+    recording = needs.head + needs.tail_draws > 0
+    return AsyncEngineArgs(
+        model=settings.path,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # the folder's own temperature and top-k are for chatting
+        dtype=rollout.dtype,
+        seed=settings.seed,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=rollout.max_running,
+        kv_cache_memory_bytes=rollout.kv_cache_bytes,
+        tensor_parallel_size=rollout.tensor_parallel,
+        enable_prefix_caching=not rollout.keep_kv,
+        enforce_eager=settings.device == "cpu",
+        logprobs_mode="processed_logprobs",
+        logits_processors=[draws.NAME] if recording else None,
+        additional_config={draws.KEY: recorder} if recording else {},
+        worker_extension_cls=worker.EXTENSION,
+        weight_transfer_config=WeightTransferConfig(backend=worker.BACKEND),
+        disable_log_stats=True,
+    )

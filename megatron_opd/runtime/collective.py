@@ -1,0 +1,61 @@
+"""The ranks of one role as a group: bytes from the first rank to all, and from all to the first. No pickle."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_opd.runtime.rpc import await_address, publish_address
+from megatron_opd.types import Address
+
+_IDLE = timedelta(days=30)  # a rank may wait this long for work; a dead peer closes its sockets and is seen at once
+
+
+class Ranks:
+    """The default process group of a role (gloo or nccl) and a gloo group beside it for control messages."""
+
+    def __init__(self, *, folder: Path, name: str, rank: int, world_size: int, host: str, device: str, timeout_s: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        file = folder / f"{name}.json"
+        if rank == 0:
+            store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+            publish_address(file, Address(host=host, port=store.port))
+        else:
+            address = await_address(file, timeout_s)
+            store = dist.TCPStore(address.host, address.port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        self._control = dist.new_group(backend="gloo", timeout=_IDLE)
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """The first rank's bytes, on every rank."""
+        if self.world_size == 1:
+            assert data is not None, "the first rank has the data"
+            return data
+        size = torch.tensor([len(data) if data is not None else 0])
+        dist.broadcast(size, src=0, group=self._control)
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+        if data:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if int(size):
+            dist.broadcast(buffer, src=0, group=self._control)
+        return buffer.numpy().tobytes()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, on every rank, in order of rank."""
+        if self.world_size == 1:
+            return [data]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
+        longest = max(int(size) for size in sizes)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+        buffers = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(buffers, mine, group=self._control)
+        return [buffer[: int(size)].numpy().tobytes() for buffer, size in zip(buffers, sizes, strict=True)]
+
+    def close(self) -> None:
+        """Leaves the groups."""
+        dist.destroy_process_group()

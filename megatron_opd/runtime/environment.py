@@ -1,0 +1,35 @@
+"""What a process that runs a vLLM engine needs around it: variables before it starts, packages that must not be there."""
+
+import importlib.util
+
+import torch
+
+from megatron_opd.errors import ConfigError
+
+_BREAK_CPU_BUILDS = ("torchvision", "torchaudio", "torchcodec")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Variables that a rollout, teacher or evaluation process must be started with; vLLM reads them when it is imported."""
+    variables = {
+        "HF_HUB_OFFLINE": "1",  # models are folders; nothing is fetched while a run is on
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",  # not ERROR: weights that a reload missed are only warned of
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less per engine: LLM in its own, AsyncLLM in two
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # logits processors, and so head and draws, exist in the V1 model runner only
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker would inherit torch's threads and the parent's sockets
+    }
+    if device == "cpu":
+        variables |= {
+            "OMP_NUM_THREADS": "1",  # more threads spin at barriers: ten times slower beside any other process
+            "OMP_WAIT_POLICY": "PASSIVE",  # and where someone sets more, they sleep instead
+            "TORCHDYNAMO_DISABLE": "1",  # the first log-probabilities would wait 3 to 22 s for a compiler
+        }
+    return variables
+
+
+def check_packages() -> None:
+    """Raises ConfigError if packages are installed whose binaries keep vLLM from starting on a CPU build of torch."""
+    found = [name for name in _BREAK_CPU_BUILDS if torch.version.cuda is None and importlib.util.find_spec(name)]
+    if found:
+        raise ConfigError(f"{', '.join(found)} cannot be loaded by this CPU build of torch and stop vLLM; run: pip uninstall -y {' '.join(found)}")

@@ -1,0 +1,96 @@
+"""The one file that lets unmodified Megatron-Core run on CPU. It answers Megatron alone: other callers keep the torch they know.
+
+Megatron-Core names the device "cuda" in some 120 places and has no setting for another. Nothing here computes; each
+answer says only "the device is the CPU". Read with megatron-core 0.16.1.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Makes this process and thread one where Megatron-Core's "cuda" means the CPU; a second call does nothing.
+
+    It answers, and why:
+        torch.cuda.current_device: the device of communication buffers, RoPE frequencies and optimizer state.
+        torch.cuda.synchronize: called after every pipeline hand-over; a CPU has nothing in flight.
+        torch.cuda.manual_seed, get_rng_state, and Megatron's own getter and setter of the generator: the tracker that
+            forks the generator per tensor-parallel rank and activation recompute both swap its state. They get the
+            CPU's default generator.
+        `device="cuda"`, `Tensor.cuda()`: schedules, gradient clipping and tied embeddings create or move tensors there.
+        `Tensor.type()`: the optimizers accept parameters of type torch.cuda.*Tensor only.
+
+    What needs no answer because it stays off on CPU: fused kernels, streams (gradient reduction and parameter gathering
+    do not overlap with compute), Transformer Engine.
+    """
+    if torch.cuda.current_device is _current_device:
+        return
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.current_device = _current_device
+    torch.cuda.synchronize = _synchronize
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = _get_rng_state
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    _CudaMeansCpu().__enter__()
+
+
+def _current_device() -> torch.device:
+    return _CPU
+
+
+def _synchronize(device: Any = None) -> None:
+    return None
+
+
+def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sees every torch call of its thread, so the way through for an ordinary one is two lookups."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if kwargs is None:
+            kwargs = {}
+        elif "device" in kwargs and _is_cuda(kwargs["device"]) and _megatron_asks():
+            kwargs = {**kwargs, "device": _CPU}
+        if func in _ANSWERED and _megatron_asks():
+            return _ANSWERED[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+def _megatron_asks() -> bool:
+    """Whether the frame that called torch belongs to Megatron: two Python frames above this one."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.")
+
+
+def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    asked = args or kwargs
+    return tensor.type(*args, **kwargs) if asked else tensor.type().replace("torch.", "torch.cuda.")
+
+
+def _cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor.to(*(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+
+_ANSWERED: dict[Callable, Callable] = {torch.Tensor.type: _type, torch.Tensor.cuda: _cuda, torch.Tensor.to: _to}

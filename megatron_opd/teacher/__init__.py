@@ -1,0 +1,1 @@
+"""Teachers: finished rollouts in, token-level log-probabilities out."""

@@ -1,0 +1,1 @@
+"""Weights on their way between Megatron-Core and Hugging Face: names, shards, files, wires. No modules, no Megatron."""

