@@ -85,9 +85,8 @@ async def _control(config: Config) -> None:
 
 
 def _ranks(config: Config, process: Process) -> Ranks:
-    return Ranks(
-        folder=Path(config.run.dir) / "rendezvous",
-        name=f"{process.role}-{process.replica}",
+    return Ranks.connect(
+        file=Path(config.run.dir) / "rendezvous" / f"{process.role}-{process.replica}.json",
         rank=process.rank,
         world_size=process.world_size,
         host=config.run.host,

@@ -3,8 +3,8 @@
 Any CPU, one core, under one minute, no network. Writes `data/train.jsonl`, `data/heldout.jsonl`, `models/teacher_init` and
 `models/student_init` under `--out` (this folder unless told otherwise); the same seed gives the same bytes.
 
-The problems are `chain_sum` of reasoning_gym: single-digit sums and differences. A completion works from left to right and ends
-with the answer after `#`:
+The problems are `chain_sum` of reasoning_gym: single-digit sums and differences, those whose running total never goes below zero. A
+completion works from left to right and ends with the answer after `#`:
 
     prompt      7+3-8+5=
     completion  7+3=10-8=2+5=7#7
@@ -45,12 +45,14 @@ TEACHER = Shape(hidden=192, layers=4, intermediate=512, head_dim=64, tied=False)
 STUDENT = Shape(hidden=192, layers=4, intermediate=384, head_dim=32, tied=True)  # 1.2 M parameters
 
 
-def worked_steps(expression: str) -> str:
-    """Return the running evaluation of a chain of sums: `7+3-8` gives `7+3=10-8=2`."""
+def worked_steps(expression: str) -> str | None:
+    """Return the running evaluation of a chain of sums, `7+3=10-8=2` for `7+3-8`, or None if a total is negative."""
     first, *rest = re.findall(r"[+-]?\d+", expression)
     total, steps = int(first), first
     for term in rest:
         total += int(term)
+        if total < 0:
+            return None
         steps += f"{term}={total}"
     return steps
 
@@ -64,11 +66,11 @@ def problems(seed: int) -> Iterator[dict]:
         )
         for item in batch:
             expression = item["metadata"]["expression"].replace(" ", "")
-            if expression in seen:
+            steps = worked_steps(expression)
+            if steps is None or expression in seen:
                 continue
             seen.add(expression)
-            completion = worked_steps(expression) + ANSWER_MARK + item["answer"]
-            yield {"prompt": expression + "=", "completion": completion, "answer": item["answer"]}
+            yield {"prompt": expression + "=", "completion": steps + ANSWER_MARK + item["answer"], "answer": item["answer"]}
         seed += 4096  # reasoning_gym seeds problem i with seed + i
 
 

@@ -115,7 +115,7 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
 
     def lay(arrays: Sequence[np.ndarray], shape: tuple[int, ...], dtype: type, fill: int = 0) -> torch.Tensor:
         """Response-aligned arrays at their targets, `fill` elsewhere."""
-        laid = np.full((num_targets, *shape), fill, dtype)
+        laid: np.ndarray = np.full((num_targets, *shape), fill, dtype)
         laid[where] = np.concatenate([np.empty((0, *shape), dtype), *(array.reshape(-1, *shape) for array in arrays)])
         return torch.from_numpy(laid)
 
@@ -129,6 +129,8 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
         ids_TK = lay_field(ids)
         return None if ids_TK is None else IdSet(ids=ids_TK, behaviour_logp=lay_field(behaviour), teacher_logp=lay_field(teacher))
 
+    token = lay_set("rollout.response_ids", "rollout.logp", "teacher.token_logp")
+    assert token is not None, "every response has its own tokens"
     token_ids = np.zeros(num_targets, np.int64)
     token_ids[: sum(lengths)] = np.concatenate([np.empty(0, np.int64), *(_inputs(rollout) for rollout in rollouts)])
     return MicroBatch(
@@ -137,7 +139,7 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
         boundaries=torch.from_numpy(np.cumsum([0, *extents], dtype=np.int32)),
         mask=lay([np.ones(len(rollout.response_ids), bool) for rollout in rollouts], (), bool),
         lag_origin=lay([_versions(rollout) for rollout in rollouts], (), np.int64, fill=-1),
-        token=lay_set("rollout.response_ids", "rollout.logp", "teacher.token_logp"),
+        token=token,
         head=lay_set("rollout.head_ids", "rollout.head_logp", "teacher.head_logp"),
         draws=lay_set("rollout.draw_ids", "rollout.draw_logp", "teacher.draw_logp"),
         top=lay_set("teacher.top_ids", "no behaviour", "teacher.top_logp"),

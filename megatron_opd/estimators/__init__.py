@@ -7,7 +7,7 @@ its settings, and a line in `REGISTRY`; `tests/estimators/test_contract.py` then
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,7 +36,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Estimator:
     """
     kind = load_object(name, "estimator.name") if ":" in name else REGISTRY.get(name)
     if kind is None:
-        raise ConfigError(f"unknown estimator.name={name}; {_nearest(name, REGISTRY)}; name your own as package.module:Class or file.py:Class")
+        raise ConfigError(f"unknown estimator.name={name}; {_nearest(name, REGISTRY)}; your own is package.module:Class or file.py:Class")
     if not (isinstance(kind, type) and is_dataclass(kind) and "needs" in dir(kind)):
         raise ConfigError(f"estimator.name={name} must name a dataclass with `needs` and `__call__`, like those of megatron_opd/estimators")
     known = [field.name for field in fields(kind)]
@@ -44,10 +44,10 @@ def build(name: str, settings: Mapping[str, Any]) -> Estimator:
         if key not in known:
             raise ConfigError(f"unknown setting estimator.settings.{key} of {name}; {_nearest(str(key), known)}")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(settings)))
+        return cast(Estimator, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(settings))))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"estimator.settings{f'.{key}' if key else ''} of {name}: {str(error).splitlines()[0]}") from error
+        place = getattr(error, "full_key", None)
+        raise ConfigError(f"estimator.settings{f'.{place}' if place else ''} of {name}: {str(error).splitlines()[0]}") from error
 
 
 def _nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:

@@ -40,8 +40,9 @@ def top_k(
         max_T[c], sum_T[c] = log_sum_parts(z_Cv)
     max_T, sum_T = rescale(max_T, sum_T, shard)
     norm_T = max_T + add_up(sum_T, shard).log()
-    ids_TK, z_TK = _in_order(_side_by_side(ids_TK, shard), _side_by_side(z_TK, shard), k)
-    return ids_TK, z_TK - norm_T[:, None]
+    z_TK, order_TK = _side_by_side(z_TK, shard).sort(dim=-1, descending=True, stable=True)  # equal ones stay by rank and row: by id
+    ids_TK = _side_by_side(ids_TK, shard).gather(1, order_TK)
+    return ids_TK[:, :k].contiguous(), z_TK[:, :k] - norm_T[:, None]
 
 
 def _largest(z_Cv: torch.Tensor, k: int) -> torch.Tensor:
@@ -56,16 +57,9 @@ def _largest(z_Cv: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _side_by_side(candidates_TK: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """The candidates [T, tp * K] of all ranks."""
+    """The candidates [T, tp * K] of all ranks, whose rows of the vocabulary rise with the rank."""
     if shard.group is None:
         return candidates_TK
     gathered = [torch.empty_like(candidates_TK) for _ in range(shard.group.size())]
     dist.all_gather(gathered, candidates_TK, group=shard.group)
     return torch.cat(gathered, 1)
-
-
-def _in_order(ids_TC: torch.Tensor, z_TC: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of all candidates by falling logit, equal ones by rising id."""
-    ids_TC, order_TC = ids_TC.sort(dim=-1)
-    z_TC, order_TK = z_TC.gather(1, order_TC).sort(dim=-1, descending=True, stable=True)
-    return ids_TC.gather(1, order_TK[:, :k]), z_TC[:, :k]

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -15,19 +16,24 @@ _IDLE = timedelta(days=30)  # a rank may wait this long for work; a dead peer cl
 class Ranks:
     """The default process group of a role (gloo or nccl) and a gloo group beside it for control messages."""
 
-    def __init__(self, *, folder: Path, name: str, rank: int, world_size: int, host: str, device: str, timeout_s: float) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        file = folder / f"{name}.json"
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._control = dist.new_group(backend="gloo", timeout=_IDLE)
+
+    @classmethod
+    def connect(cls, *, file: Path, rank: int, world_size: int, host: str, device: str, timeout_s: float) -> Self:
+        """Makes the default group; the first rank listens on a free port and writes where to `file`."""
+        timeout = timedelta(seconds=timeout_s)
         if rank == 0:
-            store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+            store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
             publish_address(file, Address(host=host, port=store.port))
         else:
             address = await_address(file, timeout_s)
-            store = dist.TCPStore(address.host, address.port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
+            store = dist.TCPStore(address.host, address.port, world_size, is_master=False, timeout=timeout)
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
-        self._control = dist.new_group(backend="gloo", timeout=_IDLE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return cls()
 
     def broadcast(self, data: bytes | None) -> bytes:
         """The first rank's bytes, on every rank."""

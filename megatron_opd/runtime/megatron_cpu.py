@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from megatron.core.tensor_parallel import random
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Makes this process and thread one where Megatron-Core's "cuda" means the CPU; a second call does nothing.
+    """Makes this process one where Megatron-Core's "cuda" means the CPU; to be called in each thread that runs it, once or more often.
 
     It answers, and why:
         torch.cuda.current_device: the device of communication buffers, RoPE frequencies and optimizer state.
@@ -29,17 +30,14 @@ def install() -> None:
     What needs no answer because it stays off on CPU: fused kernels, streams (gradient reduction and parameter gathering
     do not overlap with compute), Transformer Engine.
     """
-    if torch.cuda.current_device is _current_device:
-        return
-    from megatron.core.tensor_parallel import random
-
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = _get_rng_state
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
-    _CudaMeansCpu().__enter__()
+    if not any(isinstance(mode, _CudaMeansCpu) for mode in _get_current_function_mode_stack()):
+        _CudaMeansCpu().__enter__()
 
 
 def _current_device() -> torch.device:

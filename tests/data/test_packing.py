@@ -10,9 +10,7 @@ from megatron_opd.data.packing import num_inputs, pack, plan, unpack
 from megatron_opd.errors import DataError
 from megatron_opd.types import Needs, Rollout, Segment, TeacherScores, Trajectory
 
-EVERYTHING = Needs(
-    behaviour_logp=True, head=3, tail_draws=2, teacher_token=True, teacher_head=True, teacher_draws=True, teacher_top=4
-)
+EVERYTHING = Needs(behaviour_logp=True, head=3, tail_draws=2, teacher_token=True, teacher_head=True, teacher_draws=True, teacher_top=4)
 
 
 def trajectory(index, num_prompt, num_response, needs=EVERYTHING, seed=0):

@@ -4,6 +4,8 @@ A registered estimator joins the contract through its `needs`: whatever they nam
 estimator needs no line in this file. Float64 throughout.
 """
 
+from dataclasses import fields, replace
+
 import torch
 
 from megatron_opd.types import IdScores, IdSet, MicroBatch, TokenScores
@@ -41,7 +43,9 @@ def micro_batch(needs, q_logits, b_logits, tokens, draws, mask=None):
     num_tokens = len(tokens)
 
     def id_set(ids, behaviour, teacher):
-        return IdSet(ids=ids, behaviour_logp=b_logp.gather(1, ids) if behaviour else None, teacher_logp=q_logp.gather(1, ids) if teacher else None)
+        b_logp_TK = b_logp.gather(1, ids) if behaviour else None
+        q_logp_TK = q_logp.gather(1, ids) if teacher else None
+        return IdSet(ids=ids, behaviour_logp=b_logp_TK, teacher_logp=q_logp_TK)
 
     return MicroBatch(
         token_ids=torch.zeros(num_tokens, dtype=torch.int64),
@@ -63,9 +67,7 @@ def dense_scores(student_logits, batch):
     def scores(one):
         if one is None:
             return None
-        return IdScores(
-            ids=one.ids, student_logp=logp.gather(1, one.ids), behaviour_logp=one.behaviour_logp, teacher_logp=one.teacher_logp
-        )
+        return IdScores(ids=one.ids, student_logp=logp.gather(1, one.ids), behaviour_logp=one.behaviour_logp, teacher_logp=one.teacher_logp)
 
     tail = None
     if batch.top is not None:
@@ -74,6 +76,16 @@ def dense_scores(student_logits, batch):
         tail = logp.masked_fill(inside & ~covered[:, None], -torch.inf).logsumexp(-1).masked_fill(covered, -1e3)
     named = {name: scores(getattr(batch, name)) for name in ("token", "head", "draws", "top")}
     return TokenScores(mask=batch.mask, top_log_tail=tail, **named)
+
+
+def with_arrays(scores, change):
+    """`change(field name, [T, K] log-probabilities)` over every array of every id set of scores or a micro-batch."""
+    changed = {}
+    for name in ("token", "head", "draws", "top"):
+        one = getattr(scores, name)
+        arrays = {f.name: getattr(one, f.name) for f in fields(one) if f.name != "ids"} if one else {}
+        changed[name] = one and replace(one, **{key: change(key, array) for key, array in arrays.items() if array is not None})
+    return replace(scores, **changed)
 
 
 def scores_for(needs, student_logits, q_logits, b_logits, seed=0, mask=None):

@@ -7,12 +7,13 @@ import torch
 
 from megatron_opd.estimators import REGISTRY, build
 from megatron_opd.learner.scores import score
-from tests.estimators.cases import dense_scores, logits, micro_batch, sample, scores_for
+from tests.estimators.cases import dense_scores, logits, micro_batch, sample, scores_for, with_arrays
 from tests.kernels.sharding import CUTS, V, groups, rows_of, split, tokens_of, whole_head_gradient, whole_hidden_gradient
 from tests.ranks import run_ranks
 
 T, D = 8, 6
 MASK = torch.tensor([True, True, False, True, True, False, True, True])
+SETS = ("token", "head", "draws", "top")
 WITH_TEACHER = [name for name in REGISTRY if build(name, {}).needs.teacher]
 every_estimator = pytest.mark.parametrize("name", REGISTRY)
 
@@ -82,22 +83,10 @@ def test_masked_rows_may_hold_any_numbers(name, junk):
     z = (hidden @ head.t()).requires_grad_()
     clean = dense_scores(z, batch)
 
-    def spoil(values):
-        return None if values is None else torch.where(MASK if values.dim() == 1 else MASK[:, None], values, junk)
-
-    def spoil_cached(one):
-        # signs differ, so that differences are as large as the numbers
-        return one and replace(
-            one,
-            behaviour_logp=spoil(one.behaviour_logp),
-            teacher_logp=None if one.teacher_logp is None else -spoil(-one.teacher_logp),
-            student_logp=spoil(one.student_logp),
-        )
-
-    spoilt = replace(
-        clean, **{name: spoil_cached(getattr(clean, name)) for name in ("token", "head", "draws", "top")}, top_log_tail=spoil(clean.top_log_tail)
-    )
-    spoilt = replace(spoilt, token=replace(spoilt.token, behaviour_logp=None if clean.token.behaviour_logp is None else -spoil(-clean.token.behaviour_logp)))
+    signs = {"student_logp": 1, "behaviour_logp": -1, "teacher_logp": -1}  # so that differences are large too
+    spoilt = with_arrays(clean, lambda field, values: torch.where(MASK[:, None], values, signs[field] * junk))
+    if clean.top_log_tail is not None:
+        spoilt = replace(spoilt, top_log_tail=torch.where(MASK, clean.top_log_tail, junk))
     estimate, expected = estimator(spoilt), estimator(clean)
     for value in (estimate.loss, *estimate.diagnostics.values()):
         assert value.isfinite().all()
@@ -112,13 +101,9 @@ def test_a_token_does_not_see_its_neighbours(name):
     estimator, hidden, head, batch = case(name)
     whole = estimator(dense_scores(hidden @ head.t(), batch))
 
-    def rows(one, kept):
-        return one and replace(
-            one, **{f: getattr(one, f)[kept] for f in ("ids", "behaviour_logp", "teacher_logp") if getattr(one, f) is not None}
-        )
-
     kept = torch.tensor([6, 0, 3])
-    part = replace(batch, mask=batch.mask[kept], **{set_: rows(getattr(batch, set_), kept) for set_ in ("token", "head", "draws", "top")})
+    part = with_arrays(batch, lambda field, values: values[kept])
+    part = replace(part, mask=batch.mask[kept], **{n: replace(one, ids=one.ids[kept]) for n in SETS if (one := getattr(part, n))})
     alone = estimator(dense_scores((hidden @ head.t())[kept], part))
     torch.testing.assert_close(alone.loss, whole.loss[kept], rtol=1e-13, atol=1e-14)
 
@@ -142,13 +127,7 @@ def test_float32_scores_of_nearly_certain_tokens_stay_near_the_exact_loss(name):
     batch = micro_batch(estimator.needs, q, b, *sample(estimator.needs, b))
     results = []
     for dtype in (torch.float64, torch.float32):
-        narrow = replace(
-            batch,
-            **{
-                set_: one and replace(one, **{f: v.to(dtype) for f in ("behaviour_logp", "teacher_logp") if (v := getattr(one, f)) is not None})
-                for set_, one in ((s, getattr(batch, s)) for s in ("token", "head", "draws", "top"))
-            },
-        )
+        narrow = with_arrays(batch, lambda field, values: values.to(dtype))  # noqa: B023
         z = p.to(dtype).requires_grad_()
         loss = estimator(dense_scores(z, narrow)).loss
         (grad,) = torch.autograd.grad(loss.sum(), z)

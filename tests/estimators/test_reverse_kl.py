@@ -37,9 +37,8 @@ def gradients(estimator, p, q, b):
     return weight, estimate, grad
 
 
-UNBIASED = [(SampledReverseKL(), 12)] + [
-    (HeadTailReverseKL(head=head, tail_draws=m), vocab) for head, m, vocab in [(1, 1, 12), (3, 1, 12), (3, 2, 12), (7, 2, 9), (1, 2, 5), (2, 3, 7)]
-]
+SIZES = [(1, 1, 12), (3, 1, 12), (3, 2, 12), (7, 2, 9), (1, 2, 5), (2, 3, 7)]  # head, draws, vocabulary
+UNBIASED = [(SampledReverseKL(), 12)] + [(HeadTailReverseKL(head=head, tail_draws=m), vocab) for head, m, vocab in SIZES]
 
 
 @pytest.mark.parametrize("estimator, vocab", UNBIASED, ids=str)

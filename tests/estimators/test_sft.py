@@ -1,12 +1,10 @@
 import torch
 
 from megatron_opd.estimators.sft import SFT
-from tests.estimators.cases import logits, micro_batch
+from tests.estimators.cases import dense_scores, logits, micro_batch
 
 
 def test_the_loss_is_the_cross_entropy_of_the_completion():
-    from tests.estimators.cases import dense_scores
-
     z = logits(5, 11, 0).requires_grad_()
     tokens = torch.tensor([[0], [10], [3], [3], [7]])
     loss = SFT()(dense_scores(z, micro_batch(SFT().needs, z.detach(), z.detach(), tokens, None))).loss

@@ -41,7 +41,8 @@ def settings():
 
 
 def every_split_on_this_rank():
-    for tp, group in groups().items():
+    group_of = groups()
+    for tp, group in group_of.items():
         for name, cuts in CUTS[tp]:
             for sequence_parallel in [False, True] if tp > 1 else [False]:
                 for tail_columns, temperature, chunk in settings():
@@ -56,7 +57,18 @@ def every_split_on_this_rank():
                     for part, ours, theirs in zip(("logp", "tail", "hidden", "head"), got, reference(tail_columns, temperature)):
                         close = theirs is None or torch.allclose(ours, theirs, rtol=1e-11, atol=1e-12)
                         assert close, f"{part} differs with {where}"
+    bfloat16_comes_close(split(CUTS[4][1][1], group_of[4], sequence_parallel=True))
     return 1
+
+
+def bfloat16_comes_close(shard):
+    hidden, head, ids, grad = case(torch.bfloat16)
+    exact = [x.double().requires_grad_() for x in (hidden, head)]
+    loss_of(*reference_logps(*exact, ids, tail_columns=TAIL), grad).backward()
+    hidden, head = tokens_of(hidden, shard).clone().requires_grad_(), rows_of(head, shard).requires_grad_()
+    loss_of(*logps(hidden, head, ids, shard, tail_columns=TAIL, chunk_tokens=3), grad).backward()
+    assert torch.allclose(whole_hidden_gradient(hidden.grad, shard).double(), exact[0].grad, rtol=0.05, atol=0.05), "bfloat16 hidden"
+    assert torch.allclose(whole_head_gradient(head.grad, shard).double(), exact[1].grad, rtol=0.05, atol=0.05), "bfloat16 head"
 
 
 def test_splitting_the_vocabulary_the_sequence_or_the_chunks_changes_neither_value_nor_gradient():

@@ -19,84 +19,100 @@ from megatron_opd.types import MicroBatch
 from tests.model import tiny
 
 
-def loaded(folder: str, layout: dict, *, recompute: bool = False, dtype: torch.dtype = torch.float32):
-    """(model in a data-parallel wrapper, config, parallel) on a fresh set of groups."""
-    parallel = ParallelConfig(**layout)
-    initialize(parallel, device="cpu", seed=1)
-    hf_config = tiny.read_config(folder)
-    model = build(hf_config, parallel, dtype=dtype, recompute=recompute)
-    load_hf(model, folder, hf_config, parallel)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    return DistributedDataParallel(model.config, ddp_config, model), hf_config, parallel
+class Loaded:
+    """A model from a folder in a data-parallel wrapper, after `initialize`."""
 
+    def __init__(
+        self,
+        folder: str,
+        parallel: ParallelConfig,
+        *,
+        recompute: bool = False,
+        dtype: torch.dtype = torch.float32,
+        distributed_optimizer: bool = False,
+    ) -> None:
+        self.parallel = parallel
+        self.hf_config = tiny.read_config(folder)
+        model = build(self.hf_config, self.parallel, dtype=dtype, recompute=recompute)
+        load_hf(model, folder, self.hf_config, self.parallel)
+        model.config.finalize_model_grads_func = finalize_model_grads
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+        self.model = DistributedDataParallel(model.config, settings, model)
+        self.shard = vocab_shard(self.hf_config.vocab_size, self.parallel)
 
-def local_logits(hidden, model, shard) -> torch.Tensor:
-    """[T, V / TP], columns of padding at -1e9."""
-    if shard.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden)
-    elif shard.group is not None:
-        hidden = copy_to_tensor_model_parallel_region(hidden)
-    logits = hidden[:, 0] @ head_weight(model).T
-    padding = torch.arange(shard.start, shard.stop) >= shard.vocab_size
-    return logits.masked_fill(padding, -1e9)
+    def export(self, dtype: str = "float32") -> dict[str, torch.Tensor]:
+        """Weights by Hugging Face name on rank 0, nothing elsewhere."""
+        return {name: tensor.clone() for name, tensor in export_hf(self.model, self.hf_config, self.parallel, dtype)}
 
+    def logits(self, batches: list[MicroBatch]) -> torch.Tensor | None:
+        """[sum of T, V] on the ranks of the last stage."""
+        with torch.no_grad():
+            out = self._schedule(batches, self._whole_logits, forward_only=True, collect_non_loss_data=True)
+        return torch.cat(out).float() if parallel_state.is_pipeline_last_stage() else None
 
-def schedule(model, micro_batches: list[MicroBatch], loss, *, forward_only: bool, collect: bool = False):
-    def forward_step(batches, model):
-        micro_batch = next(batches)
+    def backward(self, batches: list[MicroBatch]) -> None:
+        """Leaves the gradient of the mean cross-entropy over all replicas in `main_grad`; each takes its share of the batches."""
+        self.model.zero_grad_buffer()
+        self._schedule(batches[parallel_state.get_data_parallel_rank() :: self.parallel.data], self._loss, forward_only=False)
 
-        def read(hidden, non_loss_data=False):
-            return loss(hidden, model, micro_batch)
+    def gradients(self, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+        """Gradients by Hugging Face name on rank 0; they take the place of the weights."""
+        self.backward(batches)
+        with torch.no_grad():
+            for _, parameter in global_parameters(self.model, self.parallel):
+                parameter.copy_(parameter.main_grad)
+        return self.export()
 
-        return forward_hidden(model, micro_batch), read
+    def _schedule(self, batches: list[MicroBatch], loss, **options):
+        def forward_step(batches, model):
+            batch = next(batches)
+            return forward_hidden(model, batch), lambda hidden, non_loss_data=False: loss(hidden, batch)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
-        num_microbatches=len(micro_batches),
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=collect,
-    )
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=1,
+            micro_batch_size=1,
+            **options,
+        )
 
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, V / TP], columns of padding at -1e9."""
+        if self.shard.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)
+        elif self.shard.group is not None:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        padding = torch.arange(self.shard.start, self.shard.stop) >= self.shard.vocab_size
+        return (hidden[:, 0] @ head_weight(self.model).T).masked_fill(padding, -1e9)
 
-def logits(folder: str, layout: dict, batches: list[MicroBatch], **options) -> torch.Tensor | None:
-    """[sum of T, V] on the ranks of the last stage."""
-    model, hf_config, parallel = loaded(folder, layout, **options)
-    shard = vocab_shard(hf_config.vocab_size, parallel)
-
-    def whole(hidden, model, micro_batch):
-        piece = local_logits(hidden, model, shard)
-        pieces = [torch.empty_like(piece) for _ in range(parallel.tensor)]
+    def _whole_logits(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        piece = self._logits(hidden)
+        pieces = [torch.empty_like(piece) for _ in range(self.parallel.tensor)]
         dist.all_gather(pieces, piece, group=parallel_state.get_tensor_model_parallel_group())
-        return torch.cat(pieces, dim=1)[:, : shard.vocab_size]
+        return torch.cat(pieces, dim=1)[:, : self.shard.vocab_size]
 
-    with torch.no_grad():
-        out = schedule(model, batches, whole, forward_only=True, collect=True)
-    return torch.cat(out).float() if parallel_state.is_pipeline_last_stage() else None
-
-
-def backward(model, hf_config, parallel, batches: list[MicroBatch]) -> None:
-    """Leaves the gradient of the mean cross-entropy over all ranks' batches in `main_grad`."""
-    shard = vocab_shard(hf_config.vocab_size, parallel)
-
-    def loss(hidden, model, micro_batch):
-        piece = local_logits(hidden, model, shard).float()
-        total = vocab_parallel_cross_entropy(piece[:, None], micro_batch.token.ids).sum()
-        return total, torch.tensor(len(micro_batch.token_ids), dtype=torch.int), {"loss": total.detach().clone()}
-
-    model.zero_grad_buffer()
-    schedule(model, batches, loss, forward_only=False)
+    def _loss(self, hidden: torch.Tensor, batch: MicroBatch):
+        total = vocab_parallel_cross_entropy(self._logits(hidden).float()[:, None], batch.token.ids).sum()
+        return total, torch.tensor(len(batch.token_ids), dtype=torch.int), {"loss": total.detach().clone()}
 
 
-def gradients(folder: str, layout: dict, batches: list[MicroBatch], **options) -> dict[str, torch.Tensor]:
-    """Gradient by Hugging Face name on rank 0; each replica takes its share of the batches."""
-    model, hf_config, parallel = loaded(folder, layout, **options)
-    backward(model, hf_config, parallel, batches[parallel_state.get_data_parallel_rank() :: parallel.data])
-    with torch.no_grad():
-        for _, parameter in global_parameters(model, parallel):
-            parameter.copy_(parameter.main_grad)
-    return {name: tensor.clone() for name, tensor in export_hf(model, hf_config, parallel, "float32")}
+def everything(folders: dict[str, str], layouts: list[dict]) -> list[dict]:
+    """All that a test asks of each model, by layout; one launch of the ranks serves all tests."""
+    return [_everything(folders, **layout) for layout in layouts]
+
+
+def _everything(folders: dict[str, str], *, recompute: bool = False, **sizes) -> dict:
+    parallel = ParallelConfig(**sizes)
+    initialize(parallel, device="cpu", seed=1)
+    results = {}
+    for name, folder in folders.items():
+        loaded = Loaded(folder, parallel, recompute=recompute)
+        results[name] = {
+            "weights": loaded.export(),
+            "half": loaded.export("bfloat16"),
+            "logits": loaded.logits(tiny.BATCHES),
+            "gradients": loaded.gradients(tiny.BATCHES),
+        }
+    return results

@@ -26,5 +26,7 @@ def test_packed_attention_is_masked_attention_in_value_and_gradient(lengths, hea
     got, want = PackedAttention()(*inputs, None, packed_seq_params=params), _slow(*inputs, lengths)
     torch.testing.assert_close(got, want)
     weights = torch.randn(want.shape, generator=generator, dtype=torch.float64)
-    for fast, slow in zip(torch.autograd.grad((got * weights).sum(), inputs), torch.autograd.grad((want * weights).sum(), inputs), strict=True):
+    for fast, slow in zip(
+        torch.autograd.grad((got * weights).sum(), inputs), torch.autograd.grad((want * weights).sum(), inputs), strict=True
+    ):
         torch.testing.assert_close(fast, slow)

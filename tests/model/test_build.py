@@ -11,13 +11,17 @@ def _yarn() -> dict:
     return {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
+def _partial() -> dict:
+    return {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}
+
+
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("llama", {"rope_parameters": _yarn()}, "rope_type='yarn'"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": _partial()}, "partial_rotary_factor=0.5"),
         ("llama", {"attention_bias": True}, "attention_bias equal to mlp_bias"),
         ("llama", {"mlp_bias": True}, "attention_bias equal to mlp_bias"),
         ("qwen3", {"attention_bias": True}, "attention_bias equal to mlp_bias"),

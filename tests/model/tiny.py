@@ -1,5 +1,6 @@
 """Tiny Hugging Face models with awkward sizes, loud enough that a wrong head, norm or bias shows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,19 +48,28 @@ def read_model(folder: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def micro_batch(lengths: tuple[int, ...], seed: int = 0, vocab: int = 507) -> MicroBatch:
-    """Random sequences packed end to end; targets are random too."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
+def pack(sequences: Sequence[torch.Tensor]) -> MicroBatch:
+    """The sequences end to end; each token's target is the one before it."""
+    token_ids, lengths = torch.cat(tuple(sequences)), [len(ids) for ids in sequences]
     return MicroBatch(
-        token_ids=torch.randint(vocab, (total,), generator=generator),
+        token_ids=token_ids,
         positions=torch.cat([torch.arange(n) for n in lengths]),
-        boundaries=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
-        mask=torch.ones(total, dtype=torch.bool),
-        lag_origin=torch.zeros(total, dtype=torch.int64),
-        token=IdSet(ids=torch.randint(vocab, (total, 1), generator=generator), behaviour_logp=None, teacher_logp=None),
+        boundaries=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        mask=torch.ones(len(token_ids), dtype=torch.bool),
+        lag_origin=torch.zeros(len(token_ids), dtype=torch.int64),
+        token=IdSet(ids=token_ids.roll(1)[:, None], behaviour_logp=None, teacher_logp=None),
     )
+
+
+def micro_batch(lengths: tuple[int, ...], seed: int = 0, vocab: int = 507) -> MicroBatch:
+    """Random sequences, packed."""
+    generator = torch.Generator().manual_seed(seed)
+    return pack([torch.randint(vocab, (n,), generator=generator) for n in lengths])
 
 
 def sequences(batch: MicroBatch) -> list[torch.Tensor]:
     return list(batch.token_ids.split(batch.boundaries.diff().tolist()))
+
+
+# Lengths differ between micro-batches: a pipeline must not take the first one's for all.
+BATCHES = [micro_batch((7, 1, 12), seed=1), micro_batch((26,), seed=2), micro_batch((3, 5), seed=3), micro_batch((8,), seed=4)]

@@ -48,7 +48,9 @@ def test_transformers_loads_what_is_written(tmp_path):
     folder = tiny.write_model(tmp_path / "model", "qwen3", tie_word_embeddings=True)
     manifest = hf_manifest(tiny.read_config(folder), "float32")
     with SafetensorsFolder(folder) as files:
-        write_folder(tmp_path / "copy", manifest, ((spec.name, files.get(spec.name)) for spec in manifest), source=folder, shard_bytes=50_000)
+        write_folder(
+            tmp_path / "copy", manifest, ((spec.name, files.get(spec.name)) for spec in manifest), source=folder, shard_bytes=50_000
+        )
     ids = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(tiny.read_model(str(tmp_path / "copy"))(ids).logits, tiny.read_model(folder)(ids).logits)
@@ -94,7 +96,9 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
 
 
 def test_repetitions_of_the_config_are_passed_over(tmp_path):
-    save_file({"a": torch.zeros(2), "lm_head.weight": torch.zeros(1), "x.rotary_emb.inv_freq": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file(
+        {"a": torch.zeros(2), "lm_head.weight": torch.zeros(1), "x.rotary_emb.inv_freq": torch.zeros(1)}, tmp_path / "model.safetensors"
+    )
     with SafetensorsFolder(tmp_path) as files:
         files.check([TensorSpec(name="a", dtype="float32", shape=(2,))])
 
@@ -116,7 +120,7 @@ def test_a_broken_index_is_named(tmp_path):
         SafetensorsFolder(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
     save_file({"b": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="places a in model.safetensors, which does not hold it"):
+    with pytest.raises(CheckpointError, match=r"places a in model\.safetensors, which does not hold it"):
         SafetensorsFolder(tmp_path)
 
 

@@ -1,0 +1,52 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.model import tiny
+from tests.ranks import run_ranks
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS = {
+    "llama": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32}, "head_dim": 12},
+    "llama_bias": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
+    },
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3_untied": {"num_attention_heads": 4, "num_key_value_heads": 4},
+}
+LAYOUTS = {
+    1: [{}, {"recompute": True}],
+    2: [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True, "recompute": True}, {"pipeline": 2}, {"data": 2}],
+    4: [{"tensor": 2, "pipeline": 2, "sequence_parallel": True}, {"pipeline": 2, "data": 2, "recompute": True}, {"tensor": 2, "data": 2}],
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny.write_model(root / name, name.split("_")[0], **overrides) for name, overrides in MODELS.items()}
+
+
+@pytest.fixture(scope="session", params=list(LAYOUTS))
+def ranks(request, folders) -> list[list[dict]]:
+    """By rank, by layout: model name -> what `ranks_of.everything` finds."""
+    from tests.model.ranks_of import everything
+
+    return run_ranks(everything, request.param, folders, LAYOUTS[request.param])
+
+
+@pytest.fixture(scope="session")
+def transformers_says(folders) -> dict[str, dict]:
+    """Logits of all batches and gradients of the mean cross-entropy by model name: each sequence on its own, in float64."""
+    return {name: _logits_and_gradients(folder) for name, folder in folders.items()}
+
+
+def _logits_and_gradients(folder: str) -> dict:
+    model = tiny.read_model(folder).double()
+    logits = torch.cat([model(sequence[None]).logits[0] for batch in tiny.BATCHES for sequence in tiny.sequences(batch)])
+    F.cross_entropy(logits, torch.cat([batch.token.ids[:, 0] for batch in tiny.BATCHES])).backward()
+    return {"logits": logits.detach(), "gradients": {name: parameter.grad for name, parameter in model.named_parameters()}}
