@@ -13,13 +13,13 @@ from rich.table import Table
 from megatron_opd import config as configs
 from megatron_opd.errors import ConfigError, OPDError
 from megatron_opd.launch import Children, prepare, report_death
-from megatron_opd.placement import Process, place
+from megatron_opd.placement import EVALUATION, Process, place
 from megatron_opd.progress import Progress, console
 
 
 def main() -> None:
     """Runs one command; exit code 0 only if it did what was asked."""
-    arguments = _parser().parse_args()
+    arguments = _arguments()
     try:
         arguments.run(arguments)
     except OPDError as error:
@@ -27,6 +27,17 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; all roles have ended, what was finished is in the run directory", file=sys.stderr)
         sys.exit(130)
+
+
+def _arguments() -> argparse.Namespace:
+    """argparse ends a list of overrides at the first option; those behind it come back as unknown and are put with the others."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args()
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,12 +73,11 @@ def _train(arguments: argparse.Namespace) -> None:
     with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
         for process in processes:
             children.start(process)
-        children.watch("controller", progress)
+        children.watch("controller", progress.update)
     if config.eval.prompts:
-        console().print("evaluating on held-out prompts ...")
-        with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
-            children.start(Process(role="evaluate", index=0, replica=0, rank=0, world_size=1, cores=()))
-            children.watch("evaluate", progress)
+        with console().status("evaluating on held-out prompts"), Children(folder, config) as children:
+            children.start(EVALUATION)
+            children.watch("evaluate", lambda: None)
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
@@ -99,9 +109,7 @@ def _role(arguments: argparse.Namespace) -> None:
 
 
 def _process(config: configs.Config, name: str, index: int) -> Process:
-    if name == "evaluate":
-        return Process(role=name, index=0, replica=0, rank=0, world_size=1, cores=())
-    processes = [process for process in place(config, generation=True) if process.role == name]
+    processes = [process for process in (*place(config, generation=True), EVALUATION) if process.role == name]
     if not 0 <= index < len(processes):
         raise ConfigError(f"role {name} has {len(processes)} processes by this config, so --index={index} is not one of them")
     return processes[index]

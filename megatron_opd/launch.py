@@ -1,20 +1,21 @@
 """Runs all roles of a job on this machine and watches them: the first to die ends the run, and nobody outlives it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from megatron_opd.config import Config, to_yaml
-from megatron_opd.errors import ConfigError, OPDError, PeerError
+from megatron_opd.errors import ConfigError, OPDError
 from megatron_opd.placement import Process
-from megatron_opd.progress import Progress
 from megatron_opd.runtime.environment import environment
 from megatron_opd.runtime.rpc import make_keys
 
@@ -95,15 +96,15 @@ class Children:
         os.set_blocking(reading, False)
         self._children.append(Child(process=process, popen=popen, log=log, report=os.fdopen(reading, "rb")))
 
-    def watch(self, leader: str, progress: Progress) -> None:
-        """Returns when the leader has ended well and all others after it.
+    def watch(self, leader: str, show: Callable[[], None]) -> None:
+        """Returns when the leader has ended well and all others after it; meanwhile calls `show` many times a second.
 
         Raises:
             RoleDied: any role failed or was killed.
         """
         while any(child.popen.poll() is None for child in self._children if child.process.role == leader):
             self._raise_if_any_failed()
-            progress.update()
+            show()
             time.sleep(0.05)
         deadline = time.monotonic() + _GRACE_S
         while late := [child.process.name for child in self._children if child.popen.poll() is None]:
@@ -112,7 +113,7 @@ class Children:
                 raise RoleDied(f"{', '.join(late)} did not end within {_GRACE_S:g} s of the {leader}; see {self._folder / 'logs'}")
             time.sleep(0.02)
         self._raise_if_any_failed()
-        progress.update()
+        show()
 
     def _raise_if_any_failed(self) -> None:
         if all(child.popen.poll() in (None, 0) for child in self._children):
@@ -129,21 +130,21 @@ class Children:
                 continue
 
 
-def _cause(child: Child) -> tuple[int, str]:
-    """How likely this death is the root of the others (smaller is likelier), and what to tell the user."""
+def _cause(child: Child) -> tuple[float, str]:
+    """When a child died (0 when it could not tell: it was killed, and the others died of it), and what to tell the user."""
     code = child.popen.returncode
     reports = (child.report.read() or b"").splitlines()
     if reports:
         first = json.loads(reports[0])
-        return (2 if first["kind"] == PeerError.__name__ else 0), f"{child.process.name}: {first['message']} (log: {child.log})"
-    if code < 0:
-        return 1, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
-    return 3, f"{child.process.name} ended with exit code {code} (log: {child.log})"
+        return first["time"], f"{child.process.name}: {first['message']} (log: {child.log})"
+    if -code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS):
+        return 0.0, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
+    return math.inf, f"{child.process.name} ended with exit code {code} (log: {child.log})"
 
 
 def report_death(error: BaseException) -> None:
     """Called by a dying role: tells the launcher why, if there is one."""
     descriptor = os.environ.get(_REPORT_FD)
     if descriptor is not None:
-        line = json.dumps({"kind": type(error).__name__, "message": str(error) or type(error).__name__})
+        line = json.dumps({"time": time.time(), "message": str(error) or type(error).__name__})
         os.write(int(descriptor), line.encode()[:60_000] + b"\n")

@@ -21,6 +21,9 @@ class Process:
         return f"{self.role}-{self.index}"
 
 
+EVALUATION = Process(role="evaluate", index=0, replica=0, rank=0, world_size=1, cores=())  # after the others have ended
+
+
 def place(config: Config, *, generation: bool) -> tuple[Process, ...]:
     """All processes of a run. vLLM makes its own workers, so a replica of it is one process here."""
     learner = config.learner

@@ -4,11 +4,13 @@ The only file that names the concrete learner, rollout and teacher. Each guest i
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
 
 from megatron_opd.config import Config
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
@@ -16,14 +18,17 @@ from megatron_opd.placement import Process
 from megatron_opd.preflight import build_estimator, check, load_hf_config
 from megatron_opd.runtime import rpc, wire
 from megatron_opd.runtime.collective import Ranks
+from megatron_opd.runtime.imports import load_object
 from megatron_opd.types import (
     Done,
     Export,
     Generate,
     HostTransport,
     JoinTransport,
+    Needs,
     ReceiveWeights,
     Rollout,
+    RunSummary,
     Score,
     SendWeights,
     Stop,
@@ -52,6 +57,7 @@ def run_role(config: Config, process: Process) -> None:
         "learner": _learner,
         "rollout": lambda config, process: asyncio.run(_rollout(config, process)),
         "teacher": _teacher,
+        "evaluate": _evaluate,
     }
     roles[process.role](config, process)
 
@@ -81,7 +87,7 @@ async def _control(config: Config) -> None:
         controller = Controller(config, prompts, roles, log)
         summary = await controller.run(str(folder / "hf"))
         log.close()
-    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
+    _write(folder / "summary.json", summary)
 
 
 def _ranks(config: Config, process: Process) -> Ranks:
@@ -114,7 +120,7 @@ def _learner(config: Config, process: Process) -> None:
     )
     learner = Learner(student, config.learner, build_estimator(config), ranks)
     desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
-    _serve_ranks(desk, ranks, LearnerHandler(config, learner, first=process.rank == 0), _one_by_one)
+    _serve(desk, ranks, LearnerHandler(config, learner, first=process.rank == 0), _one_by_one)
 
 
 class LearnerHandler:
@@ -157,13 +163,14 @@ class LearnerHandler:
         return None
 
 
-def _serve_ranks(desk: rpc.Desk | None, ranks: Ranks, handle: Handler, batches: Batches) -> None:
+def _serve(desk: rpc.Desk | None, ranks: Ranks | None, handle: Handler, batches: Batches) -> None:
     """The first rank takes requests and groups them; all ranks handle each group; the first rank answers."""
     if desk is not None:
         desk.greet()
     while True:
         for numbers, request in batches(desk.receive()) if desk is not None else [([], None)]:
-            request = _share(ranks, request)
+            if ranks is not None:
+                request = _share(ranks, request)
             try:
                 answers = handle(request)
             except Exception as error:
@@ -174,7 +181,8 @@ def _serve_ranks(desk: rpc.Desk | None, ranks: Ranks, handle: Handler, batches: 
                 for number, answer in zip(numbers, answers, strict=True):
                     desk.answer(number, answer)
             if isinstance(request, Stop):
-                ranks.close()
+                if ranks is not None:
+                    ranks.close()
                 if desk is not None:
                     desk.close()
                 return
@@ -266,8 +274,8 @@ async def _rollout(config: Config, process: Process) -> None:
 
 def _teacher(config: Config, process: Process) -> None:
     needs = build_estimator(config).needs
-    ranks = _ranks(config, process)
-    if config.teacher.backend == "megatron":
+    ranks = _ranks(config, process) if config.teacher.backend == "megatron" else None  # vLLM makes its own
+    if ranks is not None:
         from megatron_opd.teacher.megatron import MegatronTeacher, TeacherModel
 
         model = TeacherModel(
@@ -280,7 +288,13 @@ def _teacher(config: Config, process: Process) -> None:
     else:
         from megatron_opd.teacher.vllm import VLLMTeacher
 
-        teacher = VLLMTeacher(config, needs)
+        teacher = VLLMTeacher(
+            config.teacher,
+            needs=needs,
+            max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            device=config.run.device,
+            seed=config.run.seed,
+        )
 
     def handle(message: object) -> list[object]:
         if isinstance(message, Score):
@@ -289,4 +303,47 @@ def _teacher(config: Config, process: Process) -> None:
         return [Done()]
 
     desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
-    _serve_ranks(desk, ranks, handle, _by_tokens(config.teacher.batch_tokens))
+    _serve(desk, ranks, handle, _by_tokens(config.teacher.batch_tokens))
+
+
+def _evaluate(config: Config, process: Process) -> None:
+    """Completes `summary.json` with the student before and after, and the teacher, on the held-out prompts."""
+    from megatron_opd.rollout.evaluate import EvalSettings, evaluate
+    from megatron_opd.teacher.vllm import VLLMTeacher
+
+    file = Path(config.run.dir) / "summary.json"
+    summary = msgspec.json.decode(file.read_bytes(), type=RunSummary)
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    has_teacher = bool(config.teacher.path)
+    settings = EvalSettings(
+        max_response_tokens=config.rollout.max_response_tokens,
+        max_model_len=length,
+        dtype=config.eval.dtype,
+        max_running=config.rollout.max_running,
+        kv_cache_bytes=config.rollout.kv_cache_bytes,
+        device=config.run.device,
+        seed=config.run.seed,
+    )
+    needs = Needs(teacher_token=True)
+    found = evaluate(
+        {"before": config.student.path, "after": summary.hf_export} | ({"teacher": config.teacher.path} if has_teacher else {}),
+        check(config).heldout,
+        settings,
+        verifier=load_object(config.eval.verifier, "eval.verifier") if config.eval.verifier else None,
+        teacher=partial(VLLMTeacher, replace(config.teacher, dtype=config.eval.dtype), needs=needs, max_model_len=length, device=config.run.device)
+        if has_teacher
+        else None,
+    )
+    summary = replace(
+        summary,
+        accuracy_before=found["before"].score,
+        accuracy_after=found["after"].score,
+        teacher_accuracy=found["teacher"].score if has_teacher else None,
+        kl_before=found["before"].kl,
+        kl_after=found["after"].kl,
+    )
+    _write(file, summary)
+
+
+def _write(file: Path, summary: RunSummary) -> None:
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_opd.config import DataConfig
 from megatron_opd.errors import CheckpointError, ConfigError, DataError
@@ -28,10 +28,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it has no end-of-sequence token.
     """
-    if not Path(path, "tokenizer_config.json").is_file():
-        raise CheckpointError(f"{path} holds no tokenizer_config.json; name a complete Hugging Face folder")
+    if not Path(path, "tokenizer.json").is_file():
+        raise CheckpointError(f"{path} holds no tokenizer.json; name a complete Hugging Face folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # the file as it stands; AutoTokenizer rebuilds it for some model types
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {path} does not load: {error}") from error
     if tokenizer.eos_token_id is None:

@@ -28,7 +28,7 @@ from megatron_opd.model.build import build, head_weight
 from megatron_opd.model.convert import export_hf, load_hf
 from megatron_opd.model.forward import forward_hidden
 from megatron_opd.runtime.collective import Ranks
-from megatron_opd.types import MicroBatch, Needs, StepReport, TensorSpec, Trajectory, VocabShard
+from megatron_opd.types import MicroBatch, Needs, StepReport, TensorSpec, TokenScores, Trajectory, VocabShard
 from megatron_opd.weights.mapping import hf_manifest
 
 
@@ -146,8 +146,8 @@ class Learner:
         scores = score(hidden.squeeze(1), head_weight(self._module), batch, needs, shard, chunk_tokens=self._settings.logps_chunk_tokens)
         estimate = self._estimator(scores)
         loss = torch.where(batch.mask, estimate.loss, 0.0).sum()
-        report = {"loss": loss.detach().clone()}
-        report |= {name: torch.where(batch.mask, value, 0.0).sum() for name, value in estimate.diagnostics.items()}
+        per_token = {"loss": estimate.loss.detach(), **estimate.diagnostics, **_mismatch(scores)}
+        report = {name: torch.where(batch.mask, value, 0.0).sum() for name, value in per_token.items()}
         return loss, batch.mask.sum().int(), report
 
     def _over_all_ranks(self, sums: Counter[str]) -> Counter[str]:
@@ -165,3 +165,10 @@ class Learner:
             for segment, end in zip(t.rollout.segments, ends, strict=True):
                 lags[self.version - segment.version] += end - segment.first_token
         return lags
+
+
+def _mismatch(scores: TokenScores) -> dict[str, torch.Tensor]:
+    """|log p - log b| of the generated token: what lag and different numerics of engine and learner come to."""
+    if scores.token.behaviour_logp is None:
+        return {}
+    return {"mismatch": (scores.token.student_logp.detach() - scores.token.behaviour_logp).abs()[:, 0]}

@@ -3,6 +3,7 @@
 Dimension key: T packed tokens, D hidden, V vocabulary.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ def build(
     and multiply with `head_weight`.
 
     Raises:
-        ConfigError: the config asks for something that would change the numbers and is not supported, or `parallel`
-            does not divide the model.
+        ConfigError: the config asks for something that would change the numbers and is not supported, `parallel` does
+            not divide the model, or CUDA comes without Transformer Engine.
     """
     arch = architecture(hf_config)
     _refuse_unsupported(hf_config)
@@ -161,6 +162,8 @@ def _transformer_config(
 
 
 def _te_spec(arch: Architecture) -> ModuleSpec:
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError("device=cuda needs Transformer Engine; install transformer-engine[pytorch] or set device=cpu")
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
 
 

@@ -40,7 +40,8 @@ def export_hf(model: nn.Module, hf_config: Any, parallel: ParallelConfig, dtype:
     """Full tensors in the order and dtype of `hf_manifest(hf_config, dtype)`: yielded on global rank 0, on other ranks nothing.
 
     A collective over the ranks of the first replica: each must run the iterator to its end, at the pace of rank 0, which
-    holds one parameter at a time. Ranks of other replicas have nothing to do and end at once.
+    holds one parameter at a time. Ranks of other replicas have nothing to do and end at once. A tensor may be a view of a
+    live parameter: use it before the next optimizer step.
     """
     here = place()
     if here.data:
@@ -70,7 +71,9 @@ def global_parameters(model: nn.Module, parallel: ParallelConfig) -> Iterator[tu
 
 
 def _parameter(parameters: dict[str, nn.Parameter], rule: Rule) -> nn.Parameter:
-    return next(parameters[name] for name in rule.megatron if name in parameters)
+    held = [parameters[name] for name in rule.megatron if name in parameters]
+    assert held, f"this stage should hold {rule.megatron[0]}"
+    return held[0]
 
 
 def _gather(shard: Tensor, size: int) -> list[Tensor]:

@@ -47,6 +47,7 @@ class DrawRecorder(LogitsProcessor):
         self._logp = torch.empty(0, 64, self._head + self._draws, dtype=torch.float32, device=device)
 
     def is_argmax_invariant(self) -> bool:
+        """True: nothing changes, and vLLM calls it behind the temperature."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -69,7 +70,9 @@ class DrawRecorder(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Records one step and returns `logits` [n, V] untouched."""
-        live = [(index, self._rows[request.key], len(request.output)) for index, request in self._requests.items() if request.key in self._rows]
+        live = [
+            (index, self._rows[request.key], len(request.output)) for index, request in self._requests.items() if request.key in self._rows
+        ]
         if not live:
             return logits
         indices, rows, positions = torch.tensor(live).T
@@ -151,7 +154,9 @@ def decode(blob: bytes, lengths: list[int], width: int) -> list[tuple[np.ndarray
         ids = np.frombuffer(blob, np.int32, count, start).reshape(length, width)
         logp = np.frombuffer(blob, np.float32, count, start + 4 * count).reshape(length, width)
         if (ids == _ABSENT).any():
-            raise ValueError(f"positions {np.flatnonzero((ids == _ABSENT).any(-1)).tolist()} of a response of {length} tokens were never recorded")
+            raise ValueError(
+                f"positions {np.flatnonzero((ids == _ABSENT).any(-1)).tolist()} of a response of {length} tokens were never recorded"
+            )
         decoded.append((ids, logp))
         start += 8 * count
     return decoded

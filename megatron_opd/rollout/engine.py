@@ -1,9 +1,10 @@
 """Sampling with vLLM: one engine in a process of its own, its requests, its weight updates. Knows no learner and no loop."""
 
 import asyncio
+import gc
 import json
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,8 @@ from megatron_opd.runtime.environment import check_packages
 from megatron_opd.types import JoinTransport, Needs, Prompt, Rollout, Segment
 
 T = TypeVar("T")
+
+_PATIENCE = 3  # times timeout_s: a worker may itself wait timeout_s for the learner, more than once, before it answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,9 @@ class EngineSettings:
             )
         vocabulary = json.loads((Path(self.path) / "config.json").read_text())["vocab_size"]
         if self.needs.head + (self.needs.tail_draws > 0) > vocabulary:
-            raise ConfigError(f"a head of {self.needs.head} ids leaves no tail to draw from in a vocabulary of {vocabulary}; use a smaller head")
+            raise ConfigError(
+                f"a head of {self.needs.head} ids leaves no tail to draw from in a vocabulary of {vocabulary}; use a smaller head"
+            )
 
 
 def end_ids(path: str | Path) -> tuple[int, ...]:
@@ -109,7 +114,7 @@ class VLLMRollout:
         self._running.add(task)
         try:
             while not (await asyncio.wait({task}, timeout=self._settings.timeout_s))[0]:
-                await self._ask("answer", self._engine.is_paused(), patience=3)
+                await self._ask("answer", self._engine.is_paused())
             if task.cancelled():
                 raise PeerError(f"{self._name} was closed before it finished prompt {prompt.index}")
             return task.result()
@@ -130,7 +135,9 @@ class VLLMRollout:
             world_size=request.world_size,
             timeout_s=self._settings.timeout_s,
         )
-        await self._ask("join the weight transport", self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=vars(info))), patience=3)
+        await self._ask(
+            "join the weight transport", self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=vars(info)))
+        )
 
     async def receive_weights(self, version: int) -> dict[str, float]:
         """Pauses between two tokens, receives, swaps, resumes.
@@ -142,37 +149,38 @@ class VLLMRollout:
             WeightSyncError: the update failed. The engine then holds half an update and must be closed.
         """
         engine, update = self._engine, worker.UpdateInfo(version=version)
-        seconds = {}
-        for part, what, call in (
-            ("pause", "pause", engine.pause_generation(mode="keep", clear_cache=not self._settings.rollout.keep_kv)),
-            ("swap", "open the update", engine.start_weight_update()),
-            ("receive", "receive weights", engine.update_weights(WeightTransferUpdateRequest(update_info=vars(update)))),
-            ("swap", "swap weights", engine.finish_weight_update(weight_version=str(version))),
-            ("resume", "resume", engine.resume_generation()),
-        ):
+        clear_cache = not self._settings.rollout.keep_kv
+        parts: tuple[tuple[str, str, Callable[[], Awaitable[None]]], ...] = (
+            ("pause", "pause", lambda: engine.pause_generation(mode="keep", clear_cache=clear_cache)),
+            ("swap", "open the update", engine.start_weight_update),
+            ("receive", "receive weights", lambda: engine.update_weights(WeightTransferUpdateRequest(update_info=vars(update)))),
+            ("swap", "swap weights", lambda: engine.finish_weight_update(weight_version=str(version))),
+            ("resume", "resume", engine.resume_generation),
+        )
+        seconds = dict.fromkeys(("pause", "receive", "swap", "resume"), 0.0)
+        for part, what, call in parts:
             start = time.perf_counter()
-            await self._ask(f"{what} for version {version}", call, patience=3, error=WeightSyncError)
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+            await self._ask(f"{what} for version {version}", call(), error=WeightSyncError)
+            seconds[part] += time.perf_counter() - start
         return seconds
 
     async def close(self) -> None:
-        """Gives up what still runs and ends the engine process; returns when it is gone."""
+        """Gives up what still runs and ends the engine process, by force if it takes longer than `timeout_s`; blocks the loop meanwhile."""
         for task in self._running:
             task.cancel()
         if self._running:
             await asyncio.wait(self._running, timeout=self._settings.timeout_s)
         self._engine.shutdown(timeout=self._settings.timeout_s)
+        gc.collect()  # the engine object sits in a cycle, and its finalizer fails if it runs as late as interpreter exit
 
     async def _generate(self, prompt: Prompt) -> Rollout:
         key = f"{prompt.index}-{next(self._numbers)}"
         params = self._sampling(key)
-        output = None
         try:
-            async for output in self._engine.generate(TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()), params, key):
-                pass
+            outputs = [o async for o in self._engine.generate(TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()), params, key)]
         except Exception as failure:  # vLLM wraps whatever happened in the engine into its own unrelated types
             raise PeerError(f"{self._name} failed on prompt {prompt.index}: {failure}") from failure
-        completion = output.outputs[0]
+        completion = outputs[-1].outputs[0]
         if completion.finish_reason not in ("stop", "length"):
             raise PeerError(f"{self._name} gave up prompt {prompt.index} with finish reason {completion.finish_reason!r}")
         recorded = await self._take(key, len(completion.token_ids)) if self._width else None
@@ -223,7 +231,7 @@ class VLLMRollout:
         lengths = [length for length, _ in batch.values()]
         futures = [future for _, future in batch.values()]
         try:
-            blobs = await self._ask("hand over draws", self._engine.collective_rpc("opd_take_draws", args=(list(batch), lengths)), patience=3)
+            blobs = await self._ask("hand over draws", self._engine.collective_rpc("opd_take_draws", args=(list(batch), lengths)))
             for future, recorded in zip(futures, draws.decode(blobs[0], lengths, self._width)):
                 future.set_result(recorded)
         finally:
@@ -232,8 +240,8 @@ class VLLMRollout:
                     future.set_exception(PeerError(f"{self._name} did not hand over the draws of a finished request"))
                     future.exception()  # not every waiter may come to look
 
-    async def _ask(self, what: str, call: Awaitable[T], *, patience: int = 1, error: type[OPDError] = PeerError) -> T:
-        limit_s = patience * self._settings.timeout_s
+    async def _ask(self, what: str, call: Awaitable[T], *, error: type[OPDError] = PeerError) -> T:
+        limit_s = _PATIENCE * self._settings.timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 return await call
@@ -250,6 +258,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     return AsyncEngineArgs(
         model=settings.path,
         skip_tokenizer_init=True,
+        use_tqdm_on_load=False,
         generation_config="vllm",  # the folder's own temperature and top-k are for chatting
         dtype=rollout.dtype,
         seed=settings.seed,

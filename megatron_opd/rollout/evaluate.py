@@ -77,6 +77,7 @@ def _open(path: str, settings: EvalSettings) -> LLM:
     return LLM(
         model=path,
         skip_tokenizer_init=True,
+        use_tqdm_on_load=False,
         generation_config="vllm",
         dtype=settings.dtype,
         seed=settings.seed,

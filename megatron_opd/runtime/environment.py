@@ -10,7 +10,10 @@ _BREAK_CPU_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def environment(device: str) -> dict[str, str]:
-    """Variables that a rollout, teacher or evaluation process must be started with; vLLM reads them when it is imported."""
+    """Variables that a rollout, teacher or evaluation process must be started with.
+
+    Setting them inside the process is too late for some: torch reads those of OpenMP when it is imported.
+    """
     variables = {
         "HF_HUB_OFFLINE": "1",  # models are folders; nothing is fetched while a run is on
         "VLLM_NO_USAGE_STATS": "1",
@@ -32,4 +35,6 @@ def check_packages() -> None:
     """Raises ConfigError if packages are installed whose binaries keep vLLM from starting on a CPU build of torch."""
     found = [name for name in _BREAK_CPU_BUILDS if torch.version.cuda is None and importlib.util.find_spec(name)]
     if found:
-        raise ConfigError(f"{', '.join(found)} cannot be loaded by this CPU build of torch and stop vLLM; run: pip uninstall -y {' '.join(found)}")
+        raise ConfigError(
+            f"{', '.join(found)} cannot be loaded by this CPU build of torch and stop vLLM; run: pip uninstall -y {' '.join(found)}"
+        )

@@ -27,12 +27,12 @@ def install() -> None:
         `device="cuda"`, `Tensor.cuda()`: schedules, gradient clipping and tied embeddings create or move tensors there.
         `Tensor.type()`: the optimizers accept parameters of type torch.cuda.*Tensor only.
 
-    What needs no answer because it stays off on CPU: fused kernels, streams (gradient reduction and parameter gathering
-    do not overlap with compute), Transformer Engine.
+    What needs no answer because it stays off on CPU: fused kernels and Transformer Engine. Streams are not asked for:
+    gradient reduction and parameter gathering overlap with compute by asynchronous collectives alone.
     """
-    torch.cuda.current_device = _current_device
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = _synchronize
-    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = _get_rng_state
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
@@ -88,7 +88,8 @@ def _cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return tensor.to(*(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+    given: Any = [_CPU if _is_cuda(arg) else arg for arg in args]
+    return tensor.to(*given, **kwargs)
 
 
 _ANSWERED: dict[Callable, Callable] = {torch.Tensor.type: _type, torch.Tensor.cuda: _cuda, torch.Tensor.to: _to}

@@ -25,12 +25,16 @@ class VLLMTeacher:
         """
         unserved = [name for name in ("teacher_head", "teacher_draws") if getattr(needs, name)]
         if unserved:
-            raise ConfigError(f"teacher.backend=vllm cannot score given ids, but the estimator needs {' and '.join(unserved)}; set teacher.backend=megatron")
+            raise ConfigError(
+                f"teacher.backend=vllm cannot score given ids, but the estimator needs {' and '.join(unserved)}; "
+                "set teacher.backend=megatron"
+            )
         check_packages()
         self._needs = needs
         self._llm: LLM | None = LLM(
             model=config.path,
             skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
             generation_config="vllm",
             dtype=config.dtype,
             seed=seed,

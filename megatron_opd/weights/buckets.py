@@ -44,6 +44,7 @@ class Bucket:
 
     @property
     def first_name(self) -> str:
+        """What errors call this bucket by."""
         return self.pieces[0].spec.name
 
 
@@ -55,7 +56,9 @@ def dtype_of(spec: TensorSpec) -> torch.dtype:
     """
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise WeightSyncError(f"tensor {spec.name} has dtype {spec.dtype!r}, which torch does not know; use its short name, e.g. 'bfloat16'")
+        raise WeightSyncError(
+            f"tensor {spec.name} has dtype {spec.dtype!r}, which torch does not know; use its short name, e.g. 'bfloat16'"
+        )
     return dtype
 
 

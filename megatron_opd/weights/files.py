@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -180,11 +180,11 @@ def _bytes(spec: TensorSpec) -> int:
     return torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
 
 
-def _next(stream: Any, spec: TensorSpec) -> Tensor:
-    name, tensor = next(stream, (None, None))
-    got = None if tensor is None else (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+def _next(stream: Iterator[tuple[str, Tensor]], spec: TensorSpec) -> Tensor:
+    name, tensor = next(stream, ("the end", torch.empty(0)))
+    got = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     if got != (spec.name, spec.dtype, spec.shape):
-        raise CheckpointError(f"expected tensor {(spec.name, spec.dtype, spec.shape)}, got {got or 'the end'}")
+        raise CheckpointError(f"expected tensor {(spec.name, spec.dtype, spec.shape)}, got {got}")
     # A copy, because a view may belong to a buffer that the sender fills again before the shard is written.
     return tensor.detach().to("cpu", copy=True).contiguous()
 

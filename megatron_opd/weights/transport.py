@@ -173,7 +173,9 @@ class BroadcastReceiver:
         return self._announcement(version)[1]
 
     def receive(self, version: int, manifest: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the tensors of the sender's next update, whose manifest was `announced`; each bucket lives in a buffer of its own, so they may be kept.
+        """Yields the tensors of the sender's next update, whose manifest was `announced`.
+
+        Each bucket lives in a buffer of its own, so the tensors may be kept.
 
         Raises:
             WeightSyncError: a bucket is late, damaged or of another version, or the sender died.

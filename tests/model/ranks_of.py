@@ -1,5 +1,7 @@
 """What the ranks of the model tests do: build, run through Megatron's schedule, bring results back in Hugging Face layout."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -29,14 +31,14 @@ class Loaded:
         *,
         recompute: bool = False,
         dtype: torch.dtype = torch.float32,
-        distributed_optimizer: bool = False,
+        **data_parallel: Any,
     ) -> None:
         self.parallel = parallel
         self.hf_config = tiny.read_config(folder)
         model = build(self.hf_config, self.parallel, dtype=dtype, recompute=recompute)
         load_hf(model, folder, self.hf_config, self.parallel)
         model.config.finalize_model_grads_func = finalize_model_grads
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **data_parallel)
         self.model = DistributedDataParallel(model.config, settings, model)
         self.shard = vocab_shard(self.hf_config.vocab_size, self.parallel)
 

@@ -1,7 +1,13 @@
-"""Tiny models for the whole session, and the variables that vLLM reads when it is first imported."""
+"""Variables that engines read when they start, only while the tests of this folder run."""
 
-import os
+import pytest
 
 from megatron_opd.runtime.environment import environment
 
-os.environ.update(environment("cpu"))
+
+@pytest.fixture(scope="module", autouse=True)
+def engine_environment():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment("cpu").items():
+            patch.setenv(name, value)
+        yield

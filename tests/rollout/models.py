@@ -1,5 +1,6 @@
 """Tiny random Qwen3 folders without a tokenizer, and the plain forward pass that engines are compared with."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,10 +39,14 @@ def save_model(folder: Path, seed: int, *, tied: bool = False, vocab: int = VOCA
     return str(folder)
 
 
+@cache
+def _model(path: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
 def forward_logp(path: str, prompt_ids, response_ids, temperature: float = 1.0) -> torch.Tensor:
     """[R, V] log-probabilities of the distributions that predict each response token, by transformers in float32."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ids = torch.tensor([[*map(int, prompt_ids), *map(int, response_ids)]])
     with torch.no_grad():
-        logits = model(ids).logits[0, len(prompt_ids) - 1 : -1]
+        logits = _model(path)(ids).logits[0, len(prompt_ids) - 1 : -1]
     return (logits / temperature).log_softmax(-1)

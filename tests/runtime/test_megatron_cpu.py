@@ -43,7 +43,7 @@ def _two_steps(folder: str, layout: dict, dtype: str) -> list:
 
     parallel = ParallelConfig(**layout)
     initialize(parallel, device="cpu", seed=1)
-    loaded = Loaded(folder, parallel, dtype=getattr(torch, dtype), distributed_optimizer=True)
+    loaded = Loaded(folder, parallel, dtype=getattr(torch, dtype), use_distributed_optimizer=True)
     settings = OptimizerConfig(lr=1e-2, weight_decay=0.0, clip_grad=1.0, bf16=dtype == "bfloat16", use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [loaded.model])
     norms = []
@@ -72,3 +72,38 @@ def test_the_distributed_optimizer_takes_the_same_steps_in_every_layout(tmp_path
             assert (exact[1][name] - tensor).norm() < 1e-3 * tensor.norm(), name
     moved = tiny.read_model(folder).state_dict()
     assert all((tensor - moved[name]).abs().max() > 1e-3 for name, tensor in want[1].items())
+
+
+def _three_steps(folder: str) -> list[list[float]]:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_opd.model.parallel import ParallelConfig, initialize
+    from tests.model.ranks_of import Loaded
+
+    parallel = ParallelConfig(data=2)
+    initialize(parallel, device="cpu", seed=1)
+    norms: list[list[float]] = []
+    for overlap in (False, True):
+        # Small buckets, so that the head's weight lies in one that nothing before it gathers.
+        settings = {
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": overlap,
+            "overlap_param_gather": overlap,
+            "bucket_size": 20_000,
+        }
+        loaded = Loaded(folder, parallel, **settings)
+        loaded.model.config.no_sync_func = loaded.model.no_sync
+        optimizer_settings = OptimizerConfig(lr=1e-2, use_distributed_optimizer=True, overlap_param_gather=overlap)
+        optimizer = get_megatron_optimizer(optimizer_settings, [loaded.model])
+        norms.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            loaded.backward(tiny.BATCHES)
+            norms[-1].append(float(optimizer.step()[1]))
+    return norms
+
+
+def test_weights_gathered_while_computing_arrive_before_the_head_is_used(tmp_path):
+    folder = tiny.write_model(tmp_path / "model", "qwen3")
+    waited, overlapped = run_ranks(_three_steps, 2, folder)[0]
+    assert overlapped == pytest.approx(waited, rel=1e-5)

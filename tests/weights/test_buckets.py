@@ -66,16 +66,16 @@ def test_any_flipped_bit_is_found_and_named(where):
 def test_the_error_says_what_differs():
     first, second = buckets.plan(MANIFEST, 256)[:2]
     values = tensors()
-    with pytest.raises(WeightSyncError, match="version is 4, expected 3$"):
+    with pytest.raises(WeightSyncError, match=r"version is 4, expected 3$"):
         buckets.verify(packed(first, values, version=4), first, 3, "s")
     wrong = packed(second, values)[-buckets.TRAILER_BYTES :]
     buffer = packed(first, values)
     buffer[-buckets.TRAILER_BYTES :] = wrong
-    with pytest.raises(WeightSyncError, match="bucket index is 1, expected 0$"):
+    with pytest.raises(WeightSyncError, match=r"bucket index is 1, expected 0$"):
         buckets.verify(buffer, first, 3, "s")
     buffer = packed(first, values)
     buffer[4] ^= 1
-    with pytest.raises(WeightSyncError, match="bytes changed on the way$"):
+    with pytest.raises(WeightSyncError, match=r"bytes changed on the way$"):
         buckets.verify(buffer, first, 3, "s")
 
 

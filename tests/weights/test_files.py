@@ -65,7 +65,7 @@ def test_a_buffer_that_is_filled_again_while_a_shard_is_collected_does_no_harm(s
 
 
 def test_a_failed_write_leaves_no_folder_and_can_be_repeated(source, tmp_path):
-    with pytest.raises(CheckpointError, match=r"expected tensor \('t4'.*got the end"):
+    with pytest.raises(CheckpointError, match=r"expected tensor \('t4'.*got .'the end'"):
         write_folder(tmp_path / "out", MANIFEST, iter(_tensors()[:-1]), source=source)
     assert not (tmp_path / "out").exists()
     write_folder(tmp_path / "out", MANIFEST, iter(_tensors()), source=source)

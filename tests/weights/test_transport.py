@@ -14,7 +14,9 @@ from megatron_opd.weights import transport
 from megatron_opd.weights.transport import BroadcastReceiver, BroadcastSender
 
 TIMEOUT_S = 2.0
-MANIFEST = tuple(TensorSpec(name=f"w{i}", dtype=dtype, shape=(64, 8)) for i, dtype in enumerate(["float32", "bfloat16", "float32", "float32"]))
+MANIFEST = tuple(
+    TensorSpec(name=f"w{i}", dtype=dtype, shape=(64, 8)) for i, dtype in enumerate(["float32", "bfloat16", "float32", "float32"])
+)
 
 
 def weights(seed):
@@ -119,7 +121,7 @@ def test_a_wrong_version_is_detected_before_any_bucket(pool):
     future = pool.submit(receive, receiver(source.listen(1)), 8)
     with pytest.raises(WeightSyncError, match="version 7"):
         source.send(7, MANIFEST, weights(7))
-    with pytest.raises(WeightSyncError, match="expected weights version 8, sender 127.0.0.1:[0-9]+ sends version 7"):
+    with pytest.raises(WeightSyncError, match=r"expected weights version 8, sender 127.0.0.1:[0-9]+ sends version 7"):
         future.result(TIMEOUT_S)
 
 
@@ -156,7 +158,7 @@ def test_a_silent_sender_is_named():
 
 
 def test_nobody_at_the_address_is_an_error():
-    with pytest.raises(WeightSyncError, match="receiver 1 cannot reach the weight sender 127.0.0.1:1"):
+    with pytest.raises(WeightSyncError, match=r"receiver 1 cannot reach the weight sender 127.0.0.1:1"):
         receiver(Address(host="127.0.0.1", port=1))
 
 
@@ -196,7 +198,7 @@ def test_a_sender_that_dies_between_buckets_is_noticed():
     assert ours.poll(60)
     host, port = ours.recv()
     start = time.monotonic()
-    with pytest.raises(WeightSyncError, match="version 0, bucket [12] .first tensor w[12].: sender .* is lost"):
+    with pytest.raises(WeightSyncError, match=r"version 0, bucket [12] .first tensor w[12].: sender .* is lost"):
         receive(receiver(Address(host=host, port=port)), 0)
     assert time.monotonic() - start < 2 * TIMEOUT_S
     process.join(10)
