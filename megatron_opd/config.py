@@ -36,7 +36,7 @@ class RunConfig:
     host: str = "127.0.0.1"  # address that roles bind to and are reached at
     port: int = 0  # of the controller; 0 picks a free one
     start_timeout_s: float = 180.0  # for all roles to report in
-    peer_timeout_s: float = 120.0  # for any single answer, collective or weight update
+    peer_timeout_s: float = 600.0  # for any single answer: a training step, a score, a weight update
 
     def __post_init__(self) -> None:
         _positive("run", self, "start_timeout_s", "peer_timeout_s")

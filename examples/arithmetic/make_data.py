@@ -1,9 +1,14 @@
 """Make the arithmetic task: problems with worked answers, a tokenizer, and two randomly initialised models.
 
-Any CPU, one core, under one minute, no network. Writes `data/train.jsonl`, `data/heldout.jsonl`, `models/teacher_init` and
-`models/student_init` under `--out` (this folder unless told otherwise); the same seed gives the same bytes.
+Any CPU, one core, under one minute, no network. Writes under `--out` (this folder unless told otherwise); the same seed gives
+the same bytes:
 
-The problems are `chain_sum` of reasoning_gym: single-digit sums and differences, those whose running total never goes below zero. A
+    data/heldout.jsonl   for the evaluation
+    data/prompts.jsonl   for distillation
+    data/sft.jsonl       for the supervised training of teacher and student; no problem stands in two files
+    build/teacher_init, build/student_init
+
+The problems are `chain_sum` of reasoning_gym: sums and differences of single digits that never fall below zero on the way. A
 completion works from left to right and ends with the answer after `#`:
 
     prompt      7+3-8+5=
@@ -11,6 +16,7 @@ completion works from left to right and ends with the answer after `#`:
 """
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -42,7 +48,7 @@ class Shape:
 
 
 TEACHER = Shape(hidden=192, layers=4, intermediate=512, head_dim=64, tied=False)  # 1.8 M parameters
-STUDENT = Shape(hidden=192, layers=4, intermediate=512, head_dim=64, tied=False)  # the same size, trained less
+STUDENT = Shape(hidden=192, layers=4, intermediate=384, head_dim=64, tied=True)  # 1.5 M parameters
 
 
 def worked_steps(expression: str) -> str | None:
@@ -123,17 +129,18 @@ def main() -> None:
     """Write the data, the tokenizer and the two initial models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--train", type=int, default=50_000, help="number of training problems")
-    parser.add_argument("--heldout", type=int, default=256, help="number of held-out problems")
-    parser.add_argument("--seed", type=int, default=20_26)
+    parser.add_argument("--heldout", type=int, default=500, help="number of held-out problems")
+    parser.add_argument("--prompts", type=int, default=30_000, help="number of problems for distillation")
+    parser.add_argument("--sft", type=int, default=50_000, help="number of problems for supervised training")
+    parser.add_argument("--seed", type=int, default=2026)
     args = parser.parse_args()
 
     stream = problems(args.seed)
-    write_jsonl(args.out / "data/heldout.jsonl", [next(stream) for _ in range(args.heldout)])
-    write_jsonl(args.out / "data/train.jsonl", [next(stream) for _ in range(args.train)])
+    for name in ("heldout", "prompts", "sft"):
+        write_jsonl(args.out / "data" / f"{name}.jsonl", list(itertools.islice(stream, getattr(args, name))))
     tokenizer = make_tokenizer()
-    write_model(args.out / "models/teacher_init", TEACHER, args.seed, tokenizer)
-    write_model(args.out / "models/student_init", STUDENT, args.seed + 1, tokenizer)
+    write_model(args.out / "build/teacher_init", TEACHER, args.seed, tokenizer)
+    write_model(args.out / "build/student_init", STUDENT, args.seed + 1, tokenizer)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -94,11 +95,17 @@ class VLLMRollout:
         """Starts the engine process and loads the model; blocks the event loop meanwhile.
 
         Call it in the main thread: the engine dies with the thread that started it.
+
+        Raises:
+            PeerError: the engine process ended before it was ready; its own words stand above in the log.
         """
         check_packages()
-        engine = AsyncLLM.from_engine_args(_engine_args(settings))
+        try:
+            engine = AsyncLLM.from_engine_args(_engine_args(settings))
+        except RuntimeError as failure:
+            raise PeerError(f"rollout engine for {settings.path} did not start: {failure}") from failure
         async with asyncio.timeout(settings.timeout_s):
-            pids = await engine.collective_rpc("opd_die_with_parent")
+            pids = await engine.collective_rpc("opd_die_with", args=(os.getpid(),))
             await engine.update_weight_version(str(settings.version))
         return cls(settings, engine, pids[0])
 

@@ -5,6 +5,9 @@ transfer engine "megatron_opd" in the importing process.
 """
 
 import os
+import select
+import signal
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -96,9 +99,12 @@ class BroadcastWeightEngine(WeightTransferEngine[JoinInfo, UpdateInfo]):
 class WorkerExtension:
     """Calls of `VLLMRollout` into the worker; vLLM mixes this class into its own."""
 
-    def opd_die_with_parent(self) -> int:
-        """Ties this process's life to the one that started it; returns its pid."""
+    def opd_die_with(self, owner: int) -> int:
+        """Ties this process's life to process `owner`, which started the engine; returns its own pid."""
         die_with_parent()
+        engine = os.getppid()
+        if engine != owner:  # tensor parallel: owner -> engine -> worker, and no call reaches the engine process itself
+            threading.Thread(target=_kill_after, args=(engine, owner), daemon=True).start()
         return os.getpid()
 
     def opd_take_draws(self, keys: list[str], lengths: list[int]) -> bytes:
@@ -107,6 +113,14 @@ class WorkerExtension:
 
     def _opd_recorder(self) -> DrawRecorder:
         return next(p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, DrawRecorder))
+
+
+def _kill_after(engine: int, owner: int) -> None:
+    """Waits for process `owner` to end, then kills process `engine`."""
+    try:
+        select.select([os.pidfd_open(owner)], [], [])
+    finally:
+        os.kill(engine, signal.SIGKILL)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BroadcastWeightEngine)

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_opd.runtime.rendezvous import listening_store
 from megatron_opd.runtime.rpc import await_address, publish_address
 from megatron_opd.types import Address
 
@@ -26,7 +27,7 @@ class Ranks:
         """Makes the default group; the first rank listens on a free port and writes where to `file`."""
         timeout = timedelta(seconds=timeout_s)
         if rank == 0:
-            store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
+            store = listening_store(host, timeout_s)
             publish_address(file, Address(host=host, port=store.port))
         else:
             address = await_address(file, timeout_s)

@@ -26,6 +26,7 @@ def environment(device: str) -> dict[str, str]:
         variables |= {
             "OMP_NUM_THREADS": "1",  # more threads spin at barriers: ten times slower beside any other process
             "OMP_WAIT_POLICY": "PASSIVE",  # and where someone sets more, they sleep instead
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else tensor-parallel workers want a NUMA node each, and engines share core 0
             "TORCHDYNAMO_DISABLE": "1",  # the first log-probabilities would wait 3 to 22 s for a compiler
         }
     return variables

@@ -97,6 +97,7 @@ class Hub:
         self._authenticator.start()
         self._authenticator.configure_curve_callback("*", _OneKey(self._keys / "role.key"))
         self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(self._fail_all)
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -123,6 +124,8 @@ class Hub:
         return here()
 
     async def _ask(self, peer: Peer, message: object) -> Any:
+        if self._reader.done():
+            raise PeerError(f"{peer.name} cannot be asked: this process no longer reads answers")
         number = next(self._ids).to_bytes(8, "big")
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
@@ -132,6 +135,13 @@ class Hub:
             raise PeerError(f"{peer.name} is gone: {error}") from error
         finally:
             del self._answers[number]
+
+    def _fail_all(self, reader: asyncio.Task) -> None:
+        """No caller waits for a reader that died."""
+        error = None if reader.cancelled() else reader.exception()
+        for answer in self._answers.values():
+            if error is not None and not answer.done():
+                answer.set_exception(error)
 
     async def _read(self) -> None:
         while True:
