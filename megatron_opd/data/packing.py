@@ -147,9 +147,9 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
 
 
 def unpack(values: np.ndarray, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
-    """Target-aligned `values` [T, ...] of the micro-batch that `pack` made of these trajectories -> response-aligned [R, ...] each."""
+    """Values [n, ...] at the targets that count in the micro-batch that `pack` made of these trajectories -> [R, ...] each."""
     ends = np.cumsum([len(one.rollout.response_ids) for one in trajectories], dtype=np.int64)
-    return np.split(values[_targets([one.rollout for one in trajectories])], ends)[: len(trajectories)]
+    return np.split(values, ends)[: len(trajectories)]
 
 
 def _targets(rollouts: Sequence[Rollout]) -> np.ndarray:

@@ -44,6 +44,7 @@ def logps(
     ids: torch.Tensor,
     shard: VocabShard,
     *,
+    rows: torch.Tensor | None = None,
     tail_columns: slice | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
@@ -58,6 +59,7 @@ def logps(
         head: [stop - start, D] in the dtype of `hidden`; padding rows count for nothing and get a zero gradient.
         ids: [T, K] int64 in the whole vocabulary, duplicates allowed; one in the tail columns counts once.
         shard: the rows of this rank.
+        rows: [T] bool, the targets that count; the others cost nothing and come back as 0 without gradient. None: all.
         tail_columns: the columns of `ids` that the tail leaves out. Where they cover the vocabulary the log tail is
             `EMPTY_TAIL` with zero gradient.
         temperature: divides the logits.
@@ -66,8 +68,13 @@ def logps(
     assert hidden.dtype == head.dtype, f"hidden is {hidden.dtype}, head is {head.dtype}: matmul wants one dtype"
     split = shard.group.size() if shard.group is not None and shard.sequence_parallel else 1
     assert ids.shape[0] == hidden.shape[0] * split, f"{ids.shape[0]} rows of ids for {hidden.shape[0]} x {split} hidden states"
-    call = _Call(shard=shard, tail_columns=tail_columns, temperature=temperature, chunk_tokens=chunk_tokens)
-    return _Logps.apply(hidden, head, ids, call)
+    kept = None if rows is None else rows.nonzero()[:, 0]
+    call = _Call(shard=shard, kept=kept, tail_columns=tail_columns, temperature=temperature, chunk_tokens=chunk_tokens)
+    logp, log_tail = _Logps.apply(hidden, head, ids if kept is None else ids[kept], call)
+    if kept is None:
+        return logp, log_tail
+    full = logp.new_zeros(ids.shape).index_copy(0, kept, logp)
+    return full, None if log_tail is None else log_tail.new_zeros(ids.shape[0]).index_copy(0, kept, log_tail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +82,7 @@ class _Call:
     """The arguments that have no gradient."""
 
     shard: VocabShard
+    kept: torch.Tensor | None  # indices of the targets that count
     tail_columns: slice | None
     temperature: float
     chunk_tokens: int
@@ -85,7 +93,7 @@ class _Logps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, ids_TK: torch.Tensor, call: _Call) -> tuple:
-        picked_TK, max_T2, sum_T2 = _local_sums(gather_tokens(hidden, call.shard), true_rows(head, call.shard), ids_TK, call)
+        picked_TK, max_T2, sum_T2 = _local_sums(_kept_tokens(hidden, call), true_rows(head, call.shard), ids_TK, call)
         max_T2, sum_T2 = rescale(max_T2, sum_T2, call.shard)
         picked_TK, sum_T2 = add_up(torch.cat([picked_TK, sum_T2], 1), call.shard).split([ids_TK.shape[1], 2], 1)
         empty_T = max_T2[:, 1] <= LOG_ZERO
@@ -101,7 +109,7 @@ class _Logps(torch.autograd.Function):
         hidden, head, ids_TK, norm_T, tail_norm_T, empty_T = ctx.saved_tensors
         call: _Call = ctx.call
         need_hidden, need_head = ctx.needs_input_grad[:2]
-        hidden_TD, rows_vD = gather_tokens(hidden, call.shard), true_rows(head, call.shard)
+        hidden_TD, rows_vD = _kept_tokens(hidden, call), true_rows(head, call.shard)
         grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=wide(hidden.dtype)) if need_hidden else None
         grad_head = torch.zeros_like(head, dtype=wide(head.dtype)) if need_head else None
         grad_tail_T = torch.zeros_like(norm_T) if grad_tail_T is None else grad_tail_T.masked_fill(empty_T, 0)
@@ -121,8 +129,22 @@ class _Logps(torch.autograd.Function):
                 grad_head[: rows_vD.shape[0]] += matmul(dz_Cv.t(), hidden_TD[c])
 
         if grad_hidden_TD is not None:
-            grad_hidden_TD = reduce_tokens(grad_hidden_TD, call.shard).to(hidden.dtype)
+            grad_hidden_TD = reduce_tokens(_all_tokens(grad_hidden_TD, hidden, call), call.shard).to(hidden.dtype)
         return grad_hidden_TD, None if grad_head is None else grad_head.to(head.dtype), None, None
+
+
+def _kept_tokens(hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+    """The hidden states of the targets that count, from all ranks of a split sequence; from here on T counts only them."""
+    hidden_TD = gather_tokens(hidden, call.shard)
+    return hidden_TD if call.kept is None else hidden_TD[call.kept]
+
+
+def _all_tokens(grad_TD: torch.Tensor, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+    """The transpose of the choice in `_kept_tokens`."""
+    if call.kept is None:
+        return grad_TD
+    split = call.shard.group.size() if call.shard.group is not None and call.shard.sequence_parallel else 1
+    return grad_TD.new_zeros(hidden.shape[0] * split, hidden.shape[1]).index_copy_(0, call.kept, grad_TD)
 
 
 def _local_sums(hidden_TD: torch.Tensor, rows_vD: torch.Tensor, ids_TK: torch.Tensor, call: _Call) -> tuple[torch.Tensor, ...]:

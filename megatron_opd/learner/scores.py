@@ -32,7 +32,9 @@ def score(
 
     columns = _columns(sets)
     ids_TK = torch.cat([one.ids for one in sets.values()], 1)
-    student_TK, log_tail_T = logps(hidden, head, ids_TK, shard, tail_columns=columns.get("top"), chunk_tokens=chunk_tokens)
+    student_TK, log_tail_T = logps(
+        hidden, head, ids_TK, shard, rows=micro_batch.mask, tail_columns=columns.get("top"), chunk_tokens=chunk_tokens
+    )
     scores = {
         name: IdScores(
             ids=one.ids, student_logp=student_TK[:, columns[name]], behaviour_logp=one.behaviour_logp, teacher_logp=one.teacher_logp

@@ -1,6 +1,6 @@
 """A Megatron-Core teacher: forward only, on ranks of its own, at any ids. It knows nothing of the student's weights.
 
-Dimension key: T packed targets, R response, K ids per position.
+Dimension key: T packed targets, n response targets among them, R response, K ids per position, D hidden.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,20 +78,19 @@ class MegatronTeacher:
         return forward_hidden(model, batch), partial(self._score, batch=batch)
 
     def _score(self, hidden: torch.Tensor, *, batch: MicroBatch, non_loss_data: bool) -> dict[str, np.ndarray]:
-        """All that the needs ask for, over packed targets."""
-        hidden_TD, head = hidden.squeeze(1), head_weight(self._model)
+        """All that the needs ask for, at the response targets in packed order."""
+        hidden_nD, head = hidden.squeeze(1)[batch.mask], head_weight(self._model)
         sets = {"token_logp": (self._needs.teacher_token, batch.token), "head_logp": (self._needs.teacher_head, batch.head)}
         sets["draw_logp"] = (self._needs.teacher_draws, batch.draws)
-        asked = {name: one.ids for name, (wanted, one) in sets.items() if wanted}
-        found: dict[str, np.ndarray] = {}
+        asked = {name: one.ids[batch.mask] for name, (wanted, one) in sets.items() if wanted}
+        found: dict[str, torch.Tensor] = {}
         if asked:
-            logp_TK, _ = logps(hidden_TD, head, torch.cat(list(asked.values()), 1), self._shard, chunk_tokens=_CHUNK_TOKENS)
-            widths = [ids.shape[1] for ids in asked.values()]
-            found |= {name: part.float().cpu().numpy() for name, part in zip(asked, logp_TK.split(widths, 1), strict=True)}
+            logp_nK, _ = logps(hidden_nD, head, torch.cat(list(asked.values()), 1), self._shard, chunk_tokens=_CHUNK_TOKENS)
+            found |= dict(zip(asked, logp_nK.float().split([ids.shape[1] for ids in asked.values()], 1), strict=True))
         if self._needs.teacher_top:
-            ids_TK, logp_TK = top_k(hidden_TD, head, self._needs.teacher_top, self._shard, chunk_tokens=_CHUNK_TOKENS)
-            found |= {"top_ids": ids_TK.int().cpu().numpy(), "top_logp": logp_TK.float().cpu().numpy()}
-        return found
+            ids_nK, logp_nK = top_k(hidden_nD, head, self._needs.teacher_top, self._shard, chunk_tokens=_CHUNK_TOKENS)
+            found |= {"top_ids": ids_nK.int(), "top_logp": logp_nK.float()}
+        return {name: array.cpu().numpy() for name, array in found.items()}
 
     def _unpack(self, trajectories: Sequence[Trajectory], arrays: Mapping[str, np.ndarray]) -> list[TeacherScores]:
         responses = {name: unpack(packed, trajectories) for name, packed in arrays.items()}

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.errors import WeightSyncError
+from megatron_opd.runtime.rendezvous import listening_store
 from megatron_opd.types import Address, TensorSpec
 from megatron_opd.weights import buckets
 from megatron_opd.weights.buckets import Bucket
@@ -42,8 +43,7 @@ class BroadcastSender:
     def listen(self, receivers: int) -> Address:
         """Opens the rendezvous for `receivers` receivers on a free port and returns at once."""
         self._receivers = receivers
-        timeout = timedelta(seconds=self._timeout_s)
-        self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self._store = listening_store(self._host, self._timeout_s)
         return Address(host=self._host, port=self._store.port)
 
     def send(self, version: int, manifest: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:

@@ -40,8 +40,35 @@ def settings():
     return [(None, 1.0, 3), (None, 0.7, 8), (TAIL, 0.7, 3), (TAIL, 1.0, 8), (TAIL, 1.0, 100)]
 
 
+def only_some_rows(shard):
+    """Rows that do not count are 0 without gradient, and the others are as if they were alone."""
+    rows = torch.tensor([True, False, False, True, True, False, True, False])
+    hidden, head, ids, grad = case()
+    wanted_hidden, wanted_head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    wanted = reference_logps(wanted_hidden[rows], wanted_head, ids[rows], tail_columns=TAIL)
+    loss_of(*wanted, grad[rows]).backward()
+    hidden, head = tokens_of(hidden, shard).clone().requires_grad_(), rows_of(head, shard).requires_grad_()
+    logp, tail = logps(hidden, head, ids, shard, rows=rows, tail_columns=TAIL, chunk_tokens=3)
+    assert not logp[~rows].any() and not tail[~rows].any()
+    loss_of(logp, tail, grad).backward()
+    torch.testing.assert_close((logp[rows], tail[rows]), wanted)
+    torch.testing.assert_close(whole_hidden_gradient(hidden.grad, shard), wanted_hidden.grad)
+    torch.testing.assert_close(whole_head_gradient(head.grad, shard), wanted_head.grad)
+
+
+def test_rows_that_do_not_count_cost_nothing_and_change_nothing():
+    only_some_rows(WHOLE)
+    hidden, head, ids, _ = case()
+    hidden.requires_grad_()
+    logp, tail = logps(hidden, head, ids, WHOLE, rows=torch.zeros(T, dtype=torch.bool), tail_columns=TAIL)
+    (logp.sum() + tail.sum()).backward()
+    assert not hidden.grad.any()
+
+
 def every_split_on_this_rank():
     group_of = groups()
+    for sequence_parallel in (False, True):
+        only_some_rows(split(CUTS[4][1][1], group_of[4], sequence_parallel))
     for tp, group in group_of.items():
         for name, cuts in CUTS[tp]:
             for sequence_parallel in [False, True] if tp > 1 else [False]:
