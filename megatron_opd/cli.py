@@ -41,7 +41,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-opd", description="On-policy distillation with a Megatron-Core learner and vLLM rollouts.")
+    parser = argparse.ArgumentParser(
+        prog="megatron-opd", description="On-policy distillation with a Megatron-Core learner and vLLM rollouts."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run all roles on this machine, then evaluate")
@@ -86,7 +88,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _roles(processes: tuple[Process, ...]) -> Table:
     table = Table("process", "replica", "rank", "cores", title="roles")
     for process in processes:
-        table.add_row(process.name, str(process.replica), f"{process.rank}/{process.world_size}", ", ".join(map(str, process.cores)) or "any")
+        table.add_row(
+            process.name, str(process.replica), f"{process.rank}/{process.world_size}", ", ".join(map(str, process.cores)) or "any"
+        )
     return table
 
 

@@ -81,7 +81,17 @@ class RolloutConfig:
     cores: tuple[int, ...] = ()  # CPU cores of replica 0, 1, ...; () leaves placement to the system
 
     def __post_init__(self) -> None:
-        _positive("rollout", self, "replicas", "tensor_parallel", "temperature", "max_response_tokens", "max_running", "kv_cache_bytes", "timeout_s")
+        _positive(
+            "rollout",
+            self,
+            "replicas",
+            "tensor_parallel",
+            "temperature",
+            "max_response_tokens",
+            "max_running",
+            "kv_cache_bytes",
+            "timeout_s",
+        )
         _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
 
 
@@ -144,7 +154,14 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         _positive(
-            "learner", self, "tensor_parallel", "pipeline_parallel", "data_parallel", "micro_batch_tokens", "logps_chunk_tokens", "bucket_bytes"
+            "learner",
+            self,
+            "tensor_parallel",
+            "pipeline_parallel",
+            "data_parallel",
+            "micro_batch_tokens",
+            "logps_chunk_tokens",
+            "bucket_bytes",
         )
         _require(
             not self.sequence_parallel or self.tensor_parallel > 1,
@@ -153,6 +170,7 @@ class LearnerConfig:
 
     @property
     def world_size(self) -> int:
+        """Ranks in all."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
 

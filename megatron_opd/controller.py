@@ -45,6 +45,7 @@ class Roles:
 
     @property
     def everyone(self) -> tuple[Peer, ...]:
+        """All peers, each once."""
         return (self.learner, *self.rollouts, *self.teachers)
 
 
@@ -126,7 +127,9 @@ class Controller:
         width = self._config.rollout.tensor_parallel
         receivers = width * len(self._roles.rollouts)
         address = await self._roles.learner.call(HostTransport(receivers=receivers), self._timeout_s)
-        joins = [JoinTransport(address=address, first_rank=1 + i * width, world_size=1 + receivers) for i in range(len(self._roles.rollouts))]
+        joins = [
+            JoinTransport(address=address, first_rank=1 + i * width, world_size=1 + receivers) for i in range(len(self._roles.rollouts))
+        ]
         async with asyncio.TaskGroup() as tasks:
             for peer, join in zip(self._roles.rollouts, joins, strict=True):
                 tasks.create_task(peer.call(join, self._timeout_s))

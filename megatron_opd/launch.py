@@ -79,7 +79,16 @@ class Children:
 
     def start(self, process: Process) -> None:
         """Starts one role in a session of its own, its output in `logs/`."""
-        command = [sys.executable, "-m", "megatron_opd", "role", process.role, str(self._folder / "config.yaml"), "--index", str(process.index)]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_opd",
+            "role",
+            process.role,
+            str(self._folder / "config.yaml"),
+            "--index",
+            str(process.index),
+        ]
         log = self._folder / "logs" / f"{process.name}.log"
         reading, writing = os.pipe()
         with log.open("ab") as output:

@@ -18,6 +18,7 @@ class Process:
 
     @property
     def name(self) -> str:
+        """Of its log file and in messages."""
         return f"{self.role}-{self.index}"
 
 

@@ -49,10 +49,13 @@ def build_estimator(config: Config) -> Estimator:
     if not needs.teacher and teacher != "none":
         raise ConfigError(f"estimator {name} uses no teacher; set teacher.backend=none")
     if teacher == "vllm" and (needs.teacher_head or needs.teacher_draws):
-        raise ConfigError(f"estimator {name} needs the teacher at ids that the student chose; vLLM cannot score those: set teacher.backend=megatron")
+        raise ConfigError(
+            f"estimator {name} needs the teacher at ids that the student chose; vLLM cannot score those: set teacher.backend=megatron"
+        )
     if (needs.behaviour_logp or needs.tail_draws) and config.rollout.top_p < 1:
         raise ConfigError(
-            f"estimator {name} weighs samples by p/b, which is infinite where rollout.top_p={config.rollout.top_p} cuts b to 0; set rollout.top_p=1"
+            f"estimator {name} weighs samples by p/b, which is infinite where "
+            f"rollout.top_p={config.rollout.top_p} cuts b to 0; set rollout.top_p=1"
         )
     return estimator
 
@@ -68,14 +71,15 @@ def check(config: Config) -> Checked:
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if needs.generation and length > student.max_position_embeddings:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {length} exceeds the student's {student.max_position_embeddings} positions"
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {length} exceeds "
+            f"the student's {student.max_position_embeddings} positions"
         )
     if config.teacher.backend != "none":
         teacher = load_hf_config(config.teacher.path)
         if student.vocab_size > teacher.vocab_size:
             raise ConfigError(
-                f"the student's vocab_size={student.vocab_size} exceeds the teacher's {teacher.vocab_size}: the teacher cannot score every id "
-                f"that the student may sample; remove the student's unused embedding rows"
+                f"the student's vocab_size={student.vocab_size} exceeds the teacher's {teacher.vocab_size}: the teacher cannot score every "
+                f"id that the student may sample; remove the student's unused embedding rows"
             )
         require_same_tokens(config.student.path, config.teacher.path)
     tokenizer = load_tokenizer(config.student.path)

@@ -21,7 +21,13 @@ class Progress:
         self._offset = 0
         self._console = console
         self._bar = Bar(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
         )
         self._task = self._bar.add_task("steps", total=steps)
         self._live = Live(self._bar, console=console, refresh_per_second=4) if console.is_terminal else None
@@ -59,7 +65,11 @@ def _values(step: dict[str, Any]) -> dict[str, str]:
     values = {"tokens/s": f"{step['tokens_per_second']:.0f}", "loss": f"{step['loss']:.4f}"}
     if "kl" in step["diagnostics"]:
         values["KL"] = f"{step['diagnostics']['kl']:.4f}"
-    values |= {"lag": str(max(map(int, step["lags"]), default=0)), "grad": f"{step['grad_norm']:.3f}", "length": f"{step['mean_length']:.1f}"}
+    values |= {
+        "lag": str(max(map(int, step["lags"]), default=0)),
+        "grad": f"{step['grad_norm']:.3f}",
+        "length": f"{step['mean_length']:.1f}",
+    }
     return values | {f"{stage} s": f"{seconds:.2f}" for stage, seconds in step["stage_seconds"].items()}
 
 

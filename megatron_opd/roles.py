@@ -19,6 +19,7 @@ from megatron_opd.preflight import build_estimator, check, load_hf_config
 from megatron_opd.runtime import rpc, wire
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.runtime.imports import load_object
+from megatron_opd.runtime.nvtx import mark_operations
 from megatron_opd.types import (
     Done,
     Export,
@@ -110,6 +111,8 @@ def _open(kind: type[D], config: Config, process: Process) -> D:
 def _learner(config: Config, process: Process) -> None:
     from megatron_opd.learner.learner import Learner, StudentModel
 
+    if config.run.device == "cuda":
+        mark_operations()
     ranks = _ranks(config, process)
     student = StudentModel(
         path=config.student.path,
@@ -135,6 +138,7 @@ class LearnerHandler:
         )
 
     def __call__(self, message: object) -> list[object]:
+        """The answer, alone in a list."""
         match message:
             case Train(trajectories=trajectories):
                 return [self._learner.train(trajectories)]
@@ -330,7 +334,9 @@ def _evaluate(config: Config, process: Process) -> None:
         check(config).heldout,
         settings,
         verifier=load_object(config.eval.verifier, "eval.verifier") if config.eval.verifier else None,
-        teacher=partial(VLLMTeacher, replace(config.teacher, dtype=config.eval.dtype), needs=needs, max_model_len=length, device=config.run.device)
+        teacher=partial(
+            VLLMTeacher, replace(config.teacher, dtype=config.eval.dtype), needs=needs, max_model_len=length, device=config.run.device
+        )
         if has_teacher
         else None,
     )

@@ -68,7 +68,9 @@ def test_a_room_imports_only_rooms_below_it(path):
         if parts[0] != "megatron_opd" or len(parts) < 2 or parts[1] == room:
             continue
         assert parts[1] in floor_of, f"{path} imports {name}"
-        assert floor_of[parts[1]] < floor_of[room] or floor_of[parts[1]] == floor_of[room] == 1, f"{room} imports {name}, which is not below it"
+        assert floor_of[parts[1]] < floor_of[room] or floor_of[parts[1]] == floor_of[room] == 1, (
+            f"{room} imports {name}, which is not below it"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -78,7 +80,9 @@ def test_a_guest_is_met_only_in_its_rooms(path):
         guest = name.split(".")[0]
         allowed = GUESTS.get(guest)
         if allowed is not None:
-            assert relative in allowed or room_of(path) in allowed, f"{relative} imports {name}; {guest} lives in {', '.join(sorted(allowed))}"
+            assert relative in allowed or room_of(path) in allowed, (
+                f"{relative} imports {name}; {guest} lives in {', '.join(sorted(allowed))}"
+            )
 
 
 def test_estimators_know_neither_kernels_nor_processes():

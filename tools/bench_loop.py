@@ -6,8 +6,8 @@ Everything is measured in this run, on the demo's models, side by side:
 
 - the loop: `megatron-opd train` with max_lag 0, 2 and 4 in turn, seed by seed; rollout pinned to core 0, learner and
   teacher to core 1; same prompts, same number of steps. Throughput is response tokens per wall second of the loop.
-- rollout: our rollout backend against bare vLLM (`LLM.generate` in one process), each alone on core 0, same prompts,
-  same settings, every response of the same length.
+- rollout: our rollout backend against bare vLLM (`LLM.generate` in one process), each alone on core 0, same prompts
+  and same settings; tokens that came out are counted.
 - learner: a step of our learner (packing, estimator, reports) against a bare Megatron loop on the same packed
   micro-batches: same GPTModel, same optimizer, Megatron's own vocabulary-parallel cross-entropy over materialised logits.
 - weight update: seconds by part, from the loop's own accounts.
@@ -69,11 +69,15 @@ def compare_loops(seeds: int, steps: int) -> dict:
         for lag in LAGS:
             runs[lag].append(one_loop(seed, lag, steps))
     speed = {lag: [run["tokens_per_second"] for run in runs[lag]] for lag in LAGS}
-    table = Table("max_lag", "tokens/s (each seed)", "over max_lag 0 (median)", "overlap", "final KL (each seed)", title=f"loop, {steps} steps")
+    table = Table(
+        "max_lag", "tokens/s (each seed)", "over max_lag 0 (median)", "overlap", "final KL (each seed)", title=f"loop, {steps} steps"
+    )
     ratios = {lag: statistics.median(a / s for a, s in zip(speed[lag], speed[0])) for lag in LAGS}
     for lag in LAGS:
         overlap = statistics.median(run["overlap"] for run in runs[lag])
-        table.add_row(str(lag), _list(speed[lag], ".0f"), f"{ratios[lag]:.2f}", f"{overlap:.2f}", _list([r["kl"] for r in runs[lag]], ".4f"))
+        table.add_row(
+            str(lag), _list(speed[lag], ".0f"), f"{ratios[lag]:.2f}", f"{overlap:.2f}", _list([r["kl"] for r in runs[lag]], ".4f")
+        )
     Console(width=150).print(table)
     updates = [run["update_seconds"] for lag in LAGS for run in runs[lag]]
     update = {part: statistics.median(one[part] for one in updates) for part in updates[0]}
@@ -99,7 +103,9 @@ def one_loop(seed: int, lag: int, steps: int) -> dict:
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     last = lines[-max(1, steps // 4) :]
-    parts = {name.removeprefix("publish."): s / (steps + 1) for name, s in summary["seconds_by_stage"].items() if name.startswith("publish")}
+    parts = {
+        name.removeprefix("publish."): s / (steps + 1) for name, s in summary["seconds_by_stage"].items() if name.startswith("publish")
+    }
     return summary | {"kl": statistics.mean(line["diagnostics"]["kl"] for line in last), "update_seconds": parts}
 
 
@@ -144,7 +150,6 @@ def prompts() -> list[Prompt]:
 
 
 ROLLOUT = RolloutConfig(max_response_tokens=RESPONSE_TOKENS, max_running=64, kv_cache_bytes=64 << 20)
-NEVER = (100,)  # "~": no response of either side ends before its 32 tokens, since only this id would end it
 
 
 def our_rollout() -> float:
@@ -171,8 +176,8 @@ def bare_vllm() -> float:
     from megatron_opd.rollout.engine import end_ids
 
     llm = LLM(
-        model=str(STUDENT), skip_tokenizer_init=True, dtype=ROLLOUT.dtype, enforce_eager=True, max_model_len=64, max_num_seqs=ROLLOUT.max_running,
-        kv_cache_memory_bytes=ROLLOUT.kv_cache_bytes, generation_config="vllm", logprobs_mode="processed_logprobs",
+        model=str(STUDENT), skip_tokenizer_init=True, dtype=ROLLOUT.dtype, enforce_eager=True, max_model_len=64,
+        max_num_seqs=ROLLOUT.max_running, kv_cache_memory_bytes=ROLLOUT.kv_cache_bytes, generation_config="vllm", logprobs_mode="processed_logprobs",
     )  # fmt: skip
     params = SamplingParams(max_tokens=RESPONSE_TOKENS, stop_token_ids=list(end_ids(STUDENT)), logprobs=0, detokenize=False)
     for _ in range(2):
@@ -202,22 +207,22 @@ def trajectories() -> list[Trajectory]:
     return [Trajectory(rollout=rollout, teacher=None) for rollout in rollouts]
 
 
-def _learner() -> "Learner":  # noqa: F821 - imported where it is used: this process must not load Megatron
-    from transformers import AutoConfig
-
-    from megatron_opd.estimators import build
-    from megatron_opd.learner.learner import Learner, StudentModel
+def connect() -> "Ranks":  # noqa: F821 - Megatron and torch are imported only in the processes that are measured
+    """A world of one rank."""
     from megatron_opd.runtime.collective import Ranks
 
     with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks.connect(file=Path(folder, "store.json"), rank=0, world_size=1, host="127.0.0.1", device="cpu", timeout_s=60)
-    student = StudentModel(path=str(STUDENT), hf_config=AutoConfig.from_pretrained(STUDENT), steps=100, seed=0, device="cpu")
-    return Learner(student, LEARNER, build("sft", {}), ranks)
+        return Ranks.connect(file=Path(folder, "store.json"), rank=0, world_size=1, host="127.0.0.1", device="cpu", timeout_s=60)
 
 
 def our_learner() -> float:
     """Median seconds of `Learner.train`."""
-    learner, batch = _learner(), trajectories()
+    from megatron_opd.estimators import build
+    from megatron_opd.learner.learner import Learner, StudentModel
+    from megatron_opd.preflight import load_hf_config
+
+    student = StudentModel(path=str(STUDENT), hf_config=load_hf_config(str(STUDENT)), steps=100, seed=0, device="cpu")
+    learner, batch = Learner(student, LEARNER, build("sft", {}), connect()), trajectories()
     return _median_seconds(lambda: learner.train(batch))
 
 
@@ -231,9 +236,12 @@ def bare_megatron() -> float:
     from megatron_opd.data.packing import pack, plan
     from megatron_opd.learner import optimizer as optimizers
     from megatron_opd.model import build, convert, forward, parallel
+    from megatron_opd.preflight import load_hf_config
 
-    hf_config = _learner()._hf_config  # builds the process groups; its model is dropped here
+    connect()
+    hf_config = load_hf_config(str(STUDENT))
     split = parallel.ParallelConfig()
+    parallel.initialize(split, device="cpu", seed=0)
     model = build.build(hf_config, split, dtype=torch.float32)
     del model.output_layer.forward  # back to Megatron's own head, which returns logits
     convert.load_hf(model, STUDENT, hf_config, split)

@@ -95,7 +95,9 @@ def _record(line: str, place: str, tokenizer: PreTrainedTokenizerBase, config: D
 def _text(fields: dict[str, Any], name: str, place: str, setting: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str):
-        raise DataError(f"{place}: field {name!r} ({setting}) is {value!r:.40}, wanted a text; the line has {', '.join(fields) or 'no fields'}")
+        raise DataError(
+            f"{place}: field {name!r} ({setting}) is {value!r:.40}, wanted a text; the line has {', '.join(fields) or 'no fields'}"
+        )
     return value
 
 

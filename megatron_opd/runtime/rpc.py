@@ -90,7 +90,9 @@ class Hub:
             self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
             self._socket.close(0)
-            raise ConfigError(f"run.host={host} run.port={port} cannot be bound: {error}; choose another port, or 0 for a free one") from error
+            raise ConfigError(
+                f"run.host={host} run.port={port} cannot be bound: {error}; choose another port, or 0 for a free one"
+            ) from error
         self.address = Address(host=host, port=int(self._socket.last_endpoint.decode().rsplit(":", 1)[1]))
 
     async def __aenter__(self) -> Self:

@@ -56,7 +56,9 @@ class MegatronTeacher:
         trajectories = [Trajectory(rollout=rollout, teacher=None) for rollout in rollouts]
         lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
         (groups,) = plan(lengths, ranks=1, micro_batch_tokens=self._settings.batch_tokens)
-        batches = [pack([trajectories[i] for i in group], Needs(head=self._needs.head, tail_draws=self._needs.tail_draws)) for group in groups]
+        batches = [
+            pack([trajectories[i] for i in group], Needs(head=self._needs.head, tail_draws=self._needs.tail_draws)) for group in groups
+        ]
         with torch.no_grad():
             columns = self._forward_only(
                 forward_step_func=self._forward,

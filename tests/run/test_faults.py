@@ -67,7 +67,9 @@ def test_a_killed_role_ends_the_run_by_name(tiny, victim):
 
 def test_a_killed_engine_process_ends_the_run(tiny):
     process, children = endless(tiny, "kill-engine")
-    grandchildren = [child for child in role(children, "rollout").children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+    grandchildren = [
+        child for child in role(children, "rollout").children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())
+    ]
     grandchildren[0].send_signal(signal.SIGKILL)
     assert_ends(process, children, "rollout")
 

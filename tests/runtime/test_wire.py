@@ -36,7 +36,15 @@ def same(a, b):
         TRAIN,
         types.Stop(),
         types.StepReport(
-            version=1, loss=0.5, diagnostics={"kl": 0.1}, grad_norm=1.0, learning_rate=1e-3, sequences=2, tokens=9, lags={0: 3, 2: 6}, seconds={}
+            version=1,
+            loss=0.5,
+            diagnostics={"kl": 0.1},
+            grad_norm=1.0,
+            learning_rate=1e-3,
+            sequences=2,
+            tokens=9,
+            lags={0: 3, 2: 6},
+            seconds={},
         ),
         types.JoinTransport(address=types.Address(host="h", port=1), first_rank=1, world_size=3),
     ],

@@ -11,7 +11,9 @@ from megatron_opd.types import Rollout, Segment, Trajectory
 
 def trajectory(index, version=0):
     ids = np.zeros(1, np.int32)
-    rollout = Rollout(index=index, prompt_ids=ids, response_ids=ids, segments=(Segment(first_token=0, version=version),), finish_reason="stop")
+    rollout = Rollout(
+        index=index, prompt_ids=ids, response_ids=ids, segments=(Segment(first_token=0, version=version),), finish_reason="stop"
+    )
     return Trajectory(rollout=rollout, teacher=None)
 
 
