@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_opd import config as configs
 from megatron_opd.errors import ConfigError, OPDError
-from megatron_opd.launch import Children, prepare, report_death
+from megatron_opd.launch import LAUNCHER, Children, prepare, report_death
 from megatron_opd.placement import EVALUATION, Process, place
 from megatron_opd.progress import Progress, console
 
@@ -97,7 +97,8 @@ def _roles(processes: tuple[Process, ...]) -> Table:
 def _role(arguments: argparse.Namespace) -> None:
     from megatron_opd.runtime.process import die_with_parent, pin
 
-    die_with_parent()
+    if launcher := os.environ.get(LAUNCHER):
+        die_with_parent(int(launcher))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     config = configs.load(arguments.config)
     try:
@@ -108,8 +109,10 @@ def _role(arguments: argparse.Namespace) -> None:
         run_role(config, process)
     except BaseException as error:  # a role's outermost line: the launcher must learn what it died of
         report_death(_root(error))
-        traceback.print_exc()
-        os._exit(1)  # engines and process groups of a broken role may block an orderly exit for ever
+        try:
+            traceback.print_exc()
+        finally:
+            os._exit(1)  # engines and process groups of a broken role may block an orderly exit for ever
 
 
 def _process(config: configs.Config, name: str, index: int) -> Process:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_opd.errors import ConfigError
 
@@ -78,7 +79,7 @@ class RolloutConfig:
     kv_cache_bytes: int = 256 << 20  # per replica and worker
     keep_kv: bool = False  # True: running requests keep the KV cache of old weights; False: they are re-prefilled
     timeout_s: float = 600.0  # for one response, its time in the queue included
-    cores: tuple[int, ...] = ()  # CPU cores of replica 0, 1, ...; () leaves placement to the system
+    cores: tuple[int, ...] = ()  # CPU core of replica 0, 1, ..., counted among those usable; () leaves it to the system
 
     def __post_init__(self) -> None:
         _positive(
@@ -122,7 +123,7 @@ class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
     lr: float = 1e-5  # nats^-1: the peak
-    min_lr_ratio: float = 1.0  # final learning rate over the peak
+    min_lr_ratio: float = 0.0  # final learning rate over the peak, unless decay is constant
     decay: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     beta1: float = 0.9
@@ -237,21 +238,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unknown key (with the nearest right one), wrong type, missing value, or a failed check.
     """
-    try:
-        given = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
-        raise
-    if not isinstance(given, DictConfig):
-        raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(given).__name__}")
     for override in overrides:
         _require("=" in override, f"override {override!r} is not of the form key=value")
-    return resolve(given, OmegaConf.from_dotlist(list(overrides)))
+    try:
+        given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"config file {path} or an override of it cannot be read: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(given).__name__}")
+    return resolve(given, changes)
 
 
 def resolve(*layers: DictConfig) -> Config:

@@ -71,21 +71,26 @@ class Controller:
         self.totals = Totals()
 
     async def run(self, export_path: str) -> RunSummary:
-        """Trains for `loop.steps` optimizer steps, writes the student to `export_path`, stops all roles.
+        """Trains for `loop.steps` optimizer steps, writes the student to `export_path`.
 
         Raises:
             ExceptionGroup: of PeerError and the like, the first failure of any role.
         """
         await self._open_transport()
         started = time.monotonic()
+        for peer in self._roles.everyone:
+            peer.busy_s = 0.0
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._admit(tasks))
             await self._train()
         summary = self._summary(time.monotonic() - started, export_path)
         await self._roles.learner.call(Export(path=export_path), self._timeout_s)
+        return summary
+
+    async def stop(self) -> None:
+        """Ends all roles in order."""
         for peer in self._roles.everyone:
             await peer.call(Stop(), self._timeout_s)
-        return summary
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         for _ in range(self._config.loop.steps * self._config.loop.batch):
@@ -139,9 +144,10 @@ class Controller:
         """Streams the learner's weights into every rollout replica; returns the slowest replica's seconds by part."""
         if not self._roles.rollouts:
             return {}
+        limit_s = 2 * self._timeout_s  # the two ends time out by themselves first, and know better whom they miss
         async with asyncio.TaskGroup() as tasks:
-            send = tasks.create_task(self._roles.learner.call(SendWeights(version=version), self._timeout_s))
-            receive = [tasks.create_task(peer.call(ReceiveWeights(version=version), self._timeout_s)) for peer in self._roles.rollouts]
+            send = tasks.create_task(self._roles.learner.call(SendWeights(version=version), limit_s))
+            receive = [tasks.create_task(peer.call(ReceiveWeights(version=version), limit_s)) for peer in self._roles.rollouts]
         slowest = max((task.result() for task in receive), key=lambda done: sum(done.seconds.values()))
         return {f"send.{k}": v for k, v in send.result().seconds.items()} | {f"receive.{k}": v for k, v in slowest.seconds.items()}
 

@@ -1,11 +1,9 @@
 """The seams: where two real implementations exist."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-
-from megatron_opd.types import Address, Estimate, JoinTransport, Needs, Prompt, Rollout, TeacherScores, TensorSpec, TokenScores
+from megatron_opd.types import Estimate, JoinTransport, Needs, Prompt, Rollout, TeacherScores, TokenScores
 
 
 class Estimator(Protocol):
@@ -43,26 +41,3 @@ class TeacherBackend(Protocol):
 
     def close(self) -> None:
         """Frees the model."""
-
-
-class WeightSender(Protocol):
-    """The learner's end of a weight transport."""
-
-    def listen(self, receivers: int) -> Address:
-        """Where `receivers` receivers may join."""
-
-    def send(self, version: int, manifest: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-        """Streams one version to all receivers; returns seconds by part once all have verified it."""
-
-    def close(self) -> None:
-        """Leaves; whoever still waits fails at once."""
-
-
-class WeightReceiver(Protocol):
-    """A rollout worker's end of a weight transport."""
-
-    def receive(self, version: int, manifest: Sequence[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of one version, each verified before it is yielded."""
-
-    def close(self) -> None:
-        """Leaves; a sender that still sends fails at once."""

@@ -19,7 +19,8 @@ from megatron_opd.placement import Process
 from megatron_opd.runtime.environment import environment
 from megatron_opd.runtime.rpc import make_keys
 
-_REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # where a role writes the error it dies of; a pipe, so that a full disk hides nothing
+LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
+REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # where a role writes the error it dies of; a pipe, so that a full disk hides nothing
 _GRACE_S = 10.0  # for the others to end after the controller has
 _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
 
@@ -91,13 +92,20 @@ class Children:
         ]
         log = self._folder / "logs" / f"{process.name}.log"
         reading, writing = os.pipe()
+        run = self._config.run
         with log.open("ab") as output:
             popen = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment(self._config.run.device), _REPORT_FD: str(writing)},
+                env={
+                    **os.environ,
+                    **environment(run.device, run.host),
+                    **_devices(process),
+                    REPORT_FD: str(writing),
+                    LAUNCHER: str(os.getpid()),
+                },
                 pass_fds=(writing,),
                 start_new_session=True,
             )
@@ -139,6 +147,10 @@ class Children:
                 continue
 
 
+def _devices(process: Process) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, process.devices))} if process.devices else {}
+
+
 def _cause(child: Child) -> tuple[float, str]:
     """When a child died (0 when it could not tell: it was killed, and the others died of it), and what to tell the user."""
     code = child.popen.returncode
@@ -146,14 +158,15 @@ def _cause(child: Child) -> tuple[float, str]:
     if reports:
         first = json.loads(reports[0])
         return first["time"], f"{child.process.name}: {first['message']} (log: {child.log})"
-    if -code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS):
+    if code < 0:
         return 0.0, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
     return math.inf, f"{child.process.name} ended with exit code {code} (log: {child.log})"
 
 
 def report_death(error: BaseException) -> None:
     """Called by a dying role: tells the launcher why, if there is one."""
-    descriptor = os.environ.get(_REPORT_FD)
+    descriptor = os.environ.get(REPORT_FD)
     if descriptor is not None:
-        line = json.dumps({"time": time.time(), "message": str(error) or type(error).__name__})
-        os.write(int(descriptor), line.encode()[:60_000] + b"\n")
+        message = str(error) if isinstance(error, OPDError) else f"{type(error).__name__}: {error}"
+        line = json.dumps({"time": time.time(), "message": message[:4000]})
+        os.write(int(descriptor), line.encode() + b"\n")

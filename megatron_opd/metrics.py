@@ -11,7 +11,7 @@ from megatron_opd.types import StepReport
 
 
 class StepLog:
-    """Writes `metrics.jsonl` and TensorBoard events; a line is on disk when `write` returns."""
+    """Writes `metrics.jsonl` and TensorBoard events; a step is on disk when `write` returns."""
 
     def __init__(self, folder: Path) -> None:
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -37,6 +37,7 @@ class StepLog:
         points |= {"lag_max": max(report.lags, default=0)} | report.diagnostics
         for name, value in points.items():
             self._board.add_scalar(name, value, report.version)
+        self._board.flush()
 
     def close(self) -> None:
         """Flushes everything to disk."""

@@ -11,13 +11,15 @@ from megatron_opd.data.prompts import Record, load_records, load_tokenizer, requ
 from megatron_opd.errors import CheckpointError, ConfigError
 from megatron_opd.interfaces import Estimator
 from megatron_opd.runtime.imports import load_object
+from megatron_opd.weights.architectures import architecture
+from megatron_opd.weights.files import SafetensorsFolder
+from megatron_opd.weights.mapping import hf_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
     """What the checks had to load anyway."""
 
-    tokenizer: PreTrainedTokenizerBase
     records: list[Record]
     heldout: list[Record]
 
@@ -68,23 +70,69 @@ def check(config: Config) -> Checked:
     """
     needs = build_estimator(config).needs
     student = load_hf_config(config.student.path)
-    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if needs.generation and length > student.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {length} exceeds "
-            f"the student's {student.max_position_embeddings} positions"
-        )
+    _check_model("student", config.student.path, student, tensor=config.learner.tensor_parallel, pipeline=config.learner.pipeline_parallel)
+    if needs.generation:
+        architecture(student).require_divisible(tensor=config.rollout.tensor_parallel, pipeline=1)
+        _check_length(config, "student", student)
+    widest = max(needs.head + (needs.tail_draws > 0), needs.teacher_top)
+    if widest > student.vocab_size:
+        raise ConfigError(f"estimator {config.estimator.name} asks for {widest} ids of a vocabulary of {student.vocab_size}; ask for fewer")
     if config.teacher.backend != "none":
-        teacher = load_hf_config(config.teacher.path)
-        if student.vocab_size > teacher.vocab_size:
-            raise ConfigError(
-                f"the student's vocab_size={student.vocab_size} exceeds the teacher's {teacher.vocab_size}: the teacher cannot score every "
-                f"id that the student may sample; remove the student's unused embedding rows"
-            )
-        require_same_tokens(config.student.path, config.teacher.path)
+        _check_teacher(config, student)
     tokenizer = load_tokenizer(config.student.path)
-    records = load_records(config.data.prompts, tokenizer, config.data, completions=not needs.generation)
-    heldout = load_records(config.eval.prompts, tokenizer, config.data, completions=False) if config.eval.prompts else []
+    positions = student.max_position_embeddings
+    records = load_records(config.data.prompts, tokenizer, config.data, completions=not needs.generation, max_tokens=positions)
+    if config.eval.prompts:
+        _check_length(config, "student", student)
     if config.eval.verifier:
         load_object(config.eval.verifier, "eval.verifier")
-    return Checked(tokenizer=tokenizer, records=records, heldout=heldout[: config.eval.limit or None])
+    return Checked(records=records, heldout=load_heldout(config, tokenizer))
+
+
+def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
+    """The held-out prompts that `eval` names, none if it names none.
+
+    Raises:
+        DataError: see `load_records`.
+    """
+    if not config.eval.prompts:
+        return []
+    heldout = load_records(config.eval.prompts, tokenizer, config.data, completions=False)
+    return heldout[: config.eval.limit or None]
+
+
+def _check_teacher(config: Config, student: PretrainedConfig) -> None:
+    settings, teacher = config.teacher, load_hf_config(config.teacher.path)
+    if student.vocab_size > teacher.vocab_size:
+        raise ConfigError(
+            f"the student's vocab_size={student.vocab_size} exceeds the teacher's {teacher.vocab_size}: the teacher cannot score every "
+            f"id that the student may sample; remove the student's unused embedding rows"
+        )
+    if settings.backend == "vllm" and student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"the teacher's vocab_size={teacher.vocab_size} is not the student's {student.vocab_size}, and vLLM cannot leave out the ids "
+            f"that the student lacks; set teacher.backend=megatron"
+        )
+    require_same_tokens(config.student.path, settings.path)
+    _check_length(config, "teacher", teacher)
+    _check_model("teacher", settings.path, teacher, tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel)
+
+
+def _check_model(name: str, path: str, hf_config: PretrainedConfig, *, tensor: int, pipeline: int) -> None:
+    """Opens headers only: names, shapes and how they divide."""
+    try:
+        architecture(hf_config).require_divisible(tensor=tensor, pipeline=pipeline)
+    except ConfigError as error:
+        raise ConfigError(f"{name} {path}: {error}") from error
+    with SafetensorsFolder(path) as files:
+        files.check(hf_manifest(hf_config, "float32"))
+
+
+def _check_length(config: Config, name: str, hf_config: PretrainedConfig) -> None:
+    """One position more than prompt and response: a vLLM teacher generates a token that nobody reads."""
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens + 1
+    if length > hf_config.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens + 1 = {length} exceeds "
+            f"the {name}'s {hf_config.max_position_embeddings} positions; lower one of them"
+        )

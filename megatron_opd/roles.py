@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from megatron_opd.config import Config
+from megatron_opd.data.prompts import load_tokenizer
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
 from megatron_opd.placement import Process
-from megatron_opd.preflight import build_estimator, check, load_hf_config
+from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config
 from megatron_opd.runtime import rpc, wire
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.runtime.imports import load_object
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-D = TypeVar("D", bound=rpc.Desk)
+D = TypeVar("D", rpc.Desk, rpc.AsyncDesk)
 Requests = list[tuple[bytes, object]]  # (request number, message)
 Handler = Callable[[object], list[object]]  # one answer for each request in the group
 Batches = Callable[[Requests], Iterable[tuple[list[bytes], object]]]  # groups requests into one message each
@@ -87,8 +88,9 @@ async def _control(config: Config) -> None:
         prompts = PromptSource(checked.records, seed=config.run.seed, shuffle=config.data.shuffle)
         controller = Controller(config, prompts, roles, log)
         summary = await controller.run(str(folder / "hf"))
+        _write(folder / "summary.json", summary)
         log.close()
-    _write(folder / "summary.json", summary)
+        await controller.stop()
 
 
 def _ranks(config: Config, process: Process) -> Ranks:
@@ -245,7 +247,7 @@ async def _rollout(config: Config, process: Process) -> None:
     )
     backend: RolloutBackend = await VLLMRollout.start(settings)
     desk = _open(rpc.AsyncDesk, config, process)
-    desk.greet()
+    await desk.greet()
 
     async def handle(message: object) -> object:
         match message:
@@ -260,20 +262,19 @@ async def _rollout(config: Config, process: Process) -> None:
 
     async def answer(number: bytes, message: object) -> None:
         try:
-            desk.answer(number, await handle(message))
+            await desk.answer(number, await handle(message))
         except Exception as error:
-            desk.fail(number, f"{type(error).__name__}: {error}")
+            await desk.fail(number, f"{type(error).__name__}: {error}")
             raise
 
     async with asyncio.TaskGroup() as tasks:
-        while True:
-            for number, message in await desk.areceive():
-                if isinstance(message, Stop):
-                    await backend.close()
-                    desk.answer(number, Done())
-                    desk.close()
-                    return
-                tasks.create_task(answer(number, message))
+        async for number, message in desk.requests():
+            if isinstance(message, Stop):
+                await backend.close()
+                await desk.answer(number, Done())
+                desk.close()
+                return
+            tasks.create_task(answer(number, message))
 
 
 def _teacher(config: Config, process: Process) -> None:
@@ -312,39 +313,37 @@ def _teacher(config: Config, process: Process) -> None:
 
 def _evaluate(config: Config, process: Process) -> None:
     """Completes `summary.json` with the student before and after, and the teacher, on the held-out prompts."""
-    from megatron_opd.rollout.evaluate import EvalSettings, evaluate
+    from megatron_opd.rollout.evaluate import EvalModel, EvalSettings, evaluate
     from megatron_opd.teacher.vllm import VLLMTeacher
 
     file = Path(config.run.dir) / "summary.json"
     summary = msgspec.json.decode(file.read_bytes(), type=RunSummary)
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    has_teacher = bool(config.teacher.path)
     settings = EvalSettings(
         max_response_tokens=config.rollout.max_response_tokens,
         max_model_len=length,
         dtype=config.eval.dtype,
         max_running=config.rollout.max_running,
-        kv_cache_bytes=config.rollout.kv_cache_bytes,
         device=config.run.device,
         seed=config.run.seed,
     )
-    needs = Needs(teacher_token=True)
-    found = evaluate(
-        {"before": config.student.path, "after": summary.hf_export} | ({"teacher": config.teacher.path} if has_teacher else {}),
-        check(config).heldout,
-        settings,
-        verifier=load_object(config.eval.verifier, "eval.verifier") if config.eval.verifier else None,
-        teacher=partial(
-            VLLMTeacher, replace(config.teacher, dtype=config.eval.dtype), needs=needs, max_model_len=length, device=config.run.device
-        )
-        if has_teacher
-        else None,
-    )
+    student = partial(EvalModel, tensor_parallel=config.rollout.tensor_parallel, kv_cache_bytes=config.rollout.kv_cache_bytes)
+    models = {"before": student(path=config.student.path), "after": student(path=summary.hf_export)}
+    verifier = load_object(config.eval.verifier, "eval.verifier") if config.eval.verifier else None
+    scorer, given = None, config.teacher
+    if given.backend != "none":
+        needs = Needs(teacher_token=True)
+        scorer = partial(VLLMTeacher, replace(given, dtype=config.eval.dtype), needs=needs, max_model_len=length, device=config.run.device)
+        if verifier is not None:
+            width, memory = given.tensor_parallel, given.kv_cache_bytes
+            models["teacher"] = EvalModel(path=given.path, tensor_parallel=width, kv_cache_bytes=memory, sampled=False)
+    heldout = load_heldout(config, load_tokenizer(config.student.path))
+    found = evaluate(models, heldout, settings, verifier=verifier, teacher=scorer)
     summary = replace(
         summary,
         accuracy_before=found["before"].score,
         accuracy_after=found["after"].score,
-        teacher_accuracy=found["teacher"].score if has_teacher else None,
+        teacher_accuracy=found["teacher"].score if "teacher" in found else None,
         kl_before=found["before"].kl,
         kl_after=found["after"].kl,
     )

@@ -104,7 +104,7 @@ def one_loop(seed: int, lag: int, steps: int) -> dict:
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     last = lines[-max(1, steps // 4) :]
     parts = {
-        name.removeprefix("publish."): s / (steps + 1) for name, s in summary["seconds_by_stage"].items() if name.startswith("publish")
+        name.removeprefix("publish."): s / steps for name, s in summary["seconds_by_stage"].items() if name.startswith("publish")
     }
     return summary | {"kl": statistics.mean(line["diagnostics"]["kl"] for line in last), "update_seconds": parts}
 

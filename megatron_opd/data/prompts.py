@@ -54,8 +54,10 @@ def require_same_tokens(student: str, teacher: str) -> None:
             )
 
 
-def load_records(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, completions: bool) -> list[Record]:
-    """All lines of a prompt file, tokenized.
+def load_records(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, completions: bool, max_tokens: int = 2**31
+) -> list[Record]:
+    """All lines of a prompt file, tokenized; with `completions`, prompt and completion together have `max_tokens` at most.
 
     Raises:
         DataError: a line is no JSON object, lacks a field, is empty or too long: file, line number and remedy.
@@ -64,7 +66,15 @@ def load_records(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConf
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt file {path} cannot be read: {error}") from error
-    records = [_record(line, f"{path}:{number}", tokenizer, config, completions) for number, line in enumerate(lines, 1) if line.strip()]
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            records.append(_record(line, f"{path}:{number}", tokenizer, config, completions))
+            length = len(records[-1].prompt_ids) + (len(records[-1].completion_ids) if completions else 0)
+            if length > max_tokens:
+                raise DataError(
+                    f"{path}:{number}: prompt and completion have {length} tokens, wanted {max_tokens} at most: the model's positions"
+                )
     if not records:
         raise DataError(f"prompt file {path} holds no prompts")
     return records

@@ -18,8 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import PretrainedConfig
 
 from megatron_opd.config import LearnerConfig
-from megatron_opd.data.packing import pack, plan
-from megatron_opd.errors import OPDError
+from megatron_opd.data.packing import pack, plan, to_device
+from megatron_opd.errors import DataError, OPDError
 from megatron_opd.interfaces import Estimator
 from megatron_opd.learner import optimizer
 from megatron_opd.learner.scores import score
@@ -50,6 +50,7 @@ class Learner:
         self._settings = settings
         self._estimator = estimator
         self._ranks = ranks
+        self._device = student.device
         self._hf_config = student.hf_config
         self._dtype = getattr(torch, settings.dtype)
         self._parallel = parallel.ParallelConfig(
@@ -115,7 +116,16 @@ class Learner:
         shares = plan(lengths, ranks=self._settings.data_parallel, micro_batch_tokens=self._settings.micro_batch_tokens)
         multiple = self._settings.tensor_parallel if self._settings.sequence_parallel else 1
         mine = shares[parallel.place().data]
-        return [pack([trajectories[i] for i in indices], self._estimator.needs, pad_multiple=multiple) for indices in mine]
+        batches = [pack([trajectories[i] for i in indices], self._estimator.needs, pad_multiple=multiple) for indices in mine]
+        for batch in batches:
+            self._check_ids(batch)
+        return [to_device(batch, self._device) for batch in batches]
+
+    def _check_ids(self, batch: MicroBatch) -> None:
+        """An id that no shard of the head holds would be scored as logit 0."""
+        for ids in (batch.token_ids, *(one.ids for one in (batch.token, batch.head, batch.draws, batch.top) if one is not None)):
+            if ids.max() >= self._shard.vocab_size or ids.min() < 0:
+                raise DataError(f"ids from {int(ids.min())} to {int(ids.max())} in a batch for a vocabulary of {self._shard.vocab_size}")
 
     def _gradients(self, micro_batches: list[MicroBatch]) -> Counter[str]:
         """Forward and backward over all micro-batches; gradients end up summed over ranks and divided by the token count."""

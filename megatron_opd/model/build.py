@@ -45,7 +45,7 @@ def build(
     """
     arch = architecture(hf_config)
     _refuse_unsupported(hf_config)
-    _refuse_indivisible(arch, parallel)
+    arch.require_divisible(tensor=parallel.tensor, pipeline=parallel.pipeline)
     on_cuda = torch.device(device).type == "cuda"
     config = _transformer_config(arch, hf_config.rms_norm_eps, parallel, dtype=dtype, recompute=recompute, on_cuda=on_cuda)
     model = GPTModel(
@@ -99,20 +99,6 @@ def _refuse_unsupported(hf_config: Any) -> None:
     layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         raise ConfigError(f"layer_types holds {', '.join(sorted(layer_types))}; only full_attention is supported")
-
-
-def _refuse_indivisible(arch: Architecture, parallel: ParallelConfig) -> None:
-    splits = {
-        "num_attention_heads": (arch.heads, "tensor_parallel", parallel.tensor),
-        "num_query_groups": (arch.groups, "tensor_parallel", parallel.tensor),
-        "intermediate_size": (arch.ffn, "tensor_parallel", parallel.tensor),
-        "num_layers": (arch.layers, "pipeline_parallel", parallel.pipeline),
-    }
-    for name, (size, setting, ranks) in splits.items():
-        if size % ranks:
-            divisors = [str(n) for n in range(1, size + 1) if size % n == 0]
-            use = ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
-            raise ConfigError(f"{setting}={ranks} does not divide {name}={size}; use {use}")
 
 
 def _transformer_config(

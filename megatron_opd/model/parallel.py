@@ -57,7 +57,7 @@ def initialize(parallel: ParallelConfig, *, device: torch.device | str, seed: in
     if device.type == "cpu":
         megatron_cpu.install()
     else:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # a role sees only its own devices
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline)

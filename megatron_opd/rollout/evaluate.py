@@ -20,6 +20,16 @@ Verifier = Callable[[dict[str, Any], str], float]  # (record, completion without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalModel:
+    """One model to look at."""
+
+    path: str  # Hugging Face folder
+    tensor_parallel: int = 1
+    kv_cache_bytes: int = 256 << 20
+    sampled: bool = True  # whether its KL to the teacher is wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSettings:
     """How models are sampled."""
 
@@ -27,7 +37,6 @@ class EvalSettings:
     max_model_len: int  # tokens, prompt and response together
     dtype: str = "float32"
     max_running: int = 64
-    kv_cache_bytes: int = 256 << 20
     device: str = "cpu"  # "cpu" | "cuda"
     seed: int = 0
 
@@ -37,53 +46,46 @@ class ModelReport:
     """One model on the held-out prompts."""
 
     score: float | None  # mean verdict on greedy completions; None: no verifier
-    kl: float | None  # nats per token, mean of log p - log q over the model's own samples at temperature 1; None: no teacher
-    tokens: int  # sampled response tokens behind `kl`
-    finished: float  # share of the samples that ended by themselves
+    kl: float | None  # nats per token, mean of log p - log q over the model's own samples at temperature 1; None: not asked for
 
 
 def evaluate(
-    models: Mapping[str, str],
+    models: Mapping[str, EvalModel],
     records: Sequence[Record],
     settings: EvalSettings,
     *,
     verifier: Verifier | None = None,
     teacher: Callable[[], TeacherBackend] | None = None,
 ) -> dict[str, ModelReport]:
-    """Evaluates each folder of `models` (name -> path). `teacher` opens a backend that serves `teacher_token`; it is closed here."""
+    """Evaluates each model by name. `teacher` opens a backend that serves `teacher_token`; it is closed here."""
     check_packages()
-    scores, samples = {}, {}
-    for name, path in models.items():
-        llm = _open(path, settings)
+    scores: dict[str, float | None] = dict.fromkeys(models)
+    samples: dict[str, list[Rollout]] = {}
+    for name, model in models.items():
+        llm = _open(model, settings)
         try:
-            scores[name] = _score(llm, path, records, settings, verifier) if verifier else None
-            samples[name] = _generate(llm, path, records, settings, temperature=1.0)
+            if verifier is not None:
+                scores[name] = _score(llm, model.path, records, settings, verifier)
+            if model.sampled and teacher is not None:
+                samples[name] = _generate(llm, model.path, records, settings, temperature=1.0)
         finally:
             llm.llm_engine.engine_core.shutdown()
         del llm
-    divergences = _divergences(samples, teacher) if teacher else dict.fromkeys(models)
-    return {
-        name: ModelReport(
-            score=scores[name],
-            kl=divergences[name],
-            tokens=sum(len(r.response_ids) for r in samples[name]),
-            finished=float(np.mean([r.finish_reason == "stop" for r in samples[name]])),
-        )
-        for name in models
-    }
+    divergences = _divergences(samples, teacher) if teacher is not None else {}
+    return {name: ModelReport(score=scores[name], kl=divergences.get(name)) for name in models}
 
 
-def _open(path: str, settings: EvalSettings) -> LLM:
+def _open(model: EvalModel, settings: EvalSettings) -> LLM:
     return LLM(
-        model=path,
+        model=model.path,
         skip_tokenizer_init=True,
-        use_tqdm_on_load=False,
         generation_config="vllm",
         dtype=settings.dtype,
         seed=settings.seed,
+        tensor_parallel_size=model.tensor_parallel,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_running,
-        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        kv_cache_memory_bytes=model.kv_cache_bytes,
         enforce_eager=settings.device == "cpu",
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,

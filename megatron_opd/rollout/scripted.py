@@ -1,4 +1,4 @@
-"""A rollout backend without a model: tokens, lengths and waiting times follow from a seed. For tests and dry runs."""
+"""A rollout backend without a model: tokens, lengths and waiting times follow from a seed. For tests."""
 
 import asyncio
 import time

@@ -101,8 +101,8 @@ class WorkerExtension:
 
     def opd_die_with(self, owner: int) -> int:
         """Ties this process's life to process `owner`, which started the engine; returns its own pid."""
-        die_with_parent()
         engine = os.getppid()
+        die_with_parent(engine)
         if engine != owner:  # tensor parallel: owner -> engine -> worker, and no call reaches the engine process itself
             threading.Thread(target=_kill_after, args=(engine, owner), daemon=True).start()
         return os.getpid()

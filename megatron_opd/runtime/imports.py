@@ -1,5 +1,6 @@
 """Objects named in settings: `package.module:name` or `path/to/file.py:name`."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -20,7 +21,7 @@ def load_object(reference: str, setting: str) -> Any:
         raise ConfigError(f"{setting}={reference!r} is not of the form package.module:name or file.py:name")
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (ImportError, FileNotFoundError) as error:
+    except (ImportError, FileNotFoundError, SyntaxError) as error:
         raise ConfigError(f"{setting}={reference!r} cannot be imported: {error}") from error
     if not hasattr(module, name):
         raise ConfigError(f"{setting}={reference!r}: {place} has no {name!r}")
@@ -30,9 +31,10 @@ def load_object(reference: str, setting: str) -> Any:
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"_user_file_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"  # shadows no module
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, f"{path} ends in .py, so a loader exists"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own module up there
+    sys.modules[name] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     return module

@@ -10,7 +10,7 @@ import json
 import os
 import socket as sockets
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -170,29 +170,19 @@ class _OneKey:
 
 
 class Desk:
-    """A role's socket: requests come in, answers go out. Blocking; `fileno`-free use from asyncio through `AsyncDesk`."""
+    """A role's socket: requests come in, answers go out. Blocking."""
 
     def __init__(self, keys: Path, address: Address, hello: Hello, *, context: zmq.Context | None = None) -> None:
-        context = context or zmq.Context.instance()
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.curve_serverkey = zmq.auth.load_certificate(keys / "controller.key")[0]
-        self._socket.curve_publickey, self._socket.curve_secretkey = zmq.auth.load_certificate(keys / "role.key_secret")
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-        self._socket.connect(f"tcp://{address.host}:{address.port}")
+        self._socket, self._monitor = _dial(context or zmq.Context.instance(), keys, address)
         self._address = address
         self._hello = hello
 
     def greet(self) -> None:
         """Says Hello: from now on the controller may ask."""
-        self._socket.send_multipart([b"", b"hello", *wire.encode(self._hello)])
+        self._socket.send_multipart(_greeting(self._hello))
 
-    def receive(self, *, wait: bool = True) -> list[tuple[bytes, Any]]:
-        """All requests that have come, as (number, message); waits for the first one if told to.
+    def receive(self) -> list[tuple[bytes, Any]]:
+        """Waits for a request; returns all that have come by then, as (number, message).
 
         Raises:
             PeerError: the controller is gone.
@@ -200,46 +190,105 @@ class Desk:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
-        ready = dict(poller.poll(None if wait else 0))
-        if self._socket not in ready and self._monitor in ready:
-            raise self._gone()
+        if self._socket not in dict(poller.poll()):
+            raise _gone(self._address)
         requests = []
         while self._socket.poll(0):
-            number, _, name, body = self._socket.recv_multipart()
-            requests.append((number, wire.decode(name, body)))
+            requests.append(_request(self._socket.recv_multipart()))
         return requests
 
     def answer(self, number: bytes, message: object) -> None:
         """Sends the answer to a request."""
-        self._socket.send_multipart([number, b"answer", *wire.encode(message)], copy=False)
+        self._socket.send_multipart(_answer(number, message), copy=False)
 
     def fail(self, number: bytes, reason: str) -> None:
         """Tells the controller that a request failed, and why."""
-        self._socket.send_multipart([number, b"failure", b"", reason.encode()])
+        self._socket.send_multipart(_failure(number, reason))
 
     def close(self) -> None:
         """Flushes answers (for a second at most) and closes."""
         self._socket.disable_monitor()
         self._socket.close()
 
-    def _gone(self) -> PeerError:
-        return PeerError(f"the controller at {self._address.host}:{self._address.port} closed the connection; see its log")
 
-
-class AsyncDesk(Desk):
-    """The same desk for a role that answers many requests at once."""
+class AsyncDesk:
+    """The same for a role that answers many requests at once. asyncio must own the socket: zmq wakes a foreign poller only once."""
 
     def __init__(self, keys: Path, address: Address, hello: Hello) -> None:
-        super().__init__(keys, address, hello)
-        self._loop = asyncio.get_running_loop()
-        self._poller = zmq.asyncio.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
+        self._socket, self._monitor = _dial(zmq.asyncio.Context.instance(), keys, address)
+        self._address = address
+        self._hello = hello
 
-    async def areceive(self) -> list[tuple[bytes, Any]]:
-        """Like `receive`, without blocking the loop."""
-        await self._poller.poll()
-        return self.receive(wait=False)
+    async def greet(self) -> None:
+        """Says Hello: from now on the controller may ask."""
+        await self._socket.send_multipart(_greeting(self._hello))
+
+    async def requests(self) -> AsyncIterator[tuple[bytes, Any]]:
+        """(number, message) of each request as it comes, for ever.
+
+        Raises:
+            PeerError: the controller is gone.
+        """
+        hung_up = asyncio.ensure_future(self._monitor.recv_multipart())
+        try:
+            while True:
+                frames = asyncio.ensure_future(self._socket.recv_multipart())
+                await asyncio.wait({frames, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+                if not frames.done():
+                    frames.cancel()
+                    raise _gone(self._address)
+                yield _request(frames.result())
+        finally:
+            hung_up.cancel()
+
+    async def answer(self, number: bytes, message: object) -> None:
+        """Sends the answer to a request."""
+        await self._socket.send_multipart(_answer(number, message), copy=False)
+
+    async def fail(self, number: bytes, reason: str) -> None:
+        """Tells the controller that a request failed, and why."""
+        await self._socket.send_multipart(_failure(number, reason))
+
+    def close(self) -> None:
+        """Flushes answers (for a second at most) and closes."""
+        self._socket.disable_monitor()
+        self._socket.close()
+
+
+def _dial(context: zmq.Context, keys: Path, address: Address) -> tuple[zmq.Socket, zmq.Socket]:
+    """A DEALER to the controller, and the socket that tells when the connection breaks."""
+    dealer = context.socket(zmq.DEALER)
+    dealer.curve_serverkey = zmq.auth.load_certificate(keys / "controller.key")[0]
+    dealer.curve_publickey, dealer.curve_secretkey = zmq.auth.load_certificate(keys / "role.key_secret")
+    dealer.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    dealer.setsockopt(zmq.LINGER, 1000)
+    dealer.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+    dealer.setsockopt(zmq.SNDHWM, 0)
+    dealer.setsockopt(zmq.RCVHWM, 0)
+    monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+    dealer.connect(f"tcp://{address.host}:{address.port}")
+    return dealer, monitor
+
+
+def _greeting(hello: Hello) -> list[bytes]:
+    return [b"", b"hello", *wire.encode(hello)]
+
+
+def _request(frames: list[bytes]) -> tuple[bytes, Any]:
+    number, _, name, body = frames
+    return number, wire.decode(name, body)
+
+
+def _answer(number: bytes, message: object) -> list[bytes]:
+    return [number, b"answer", *wire.encode(message)]
+
+
+def _failure(number: bytes, reason: str) -> list[bytes]:
+    return [number, b"failure", b"", reason.encode()]
+
+
+def _gone(address: Address) -> PeerError:
+    return PeerError(f"the controller at {address.host}:{address.port} closed the connection; see its log")
 
 
 def publish_address(file: Path, address: Address) -> None:

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import PretrainedConfig
 
 from megatron_opd.config import TeacherConfig
-from megatron_opd.data.packing import pack, plan, unpack
+from megatron_opd.data.packing import pack, plan, to_device, unpack
 from megatron_opd.kernels import logps, top_k
 from megatron_opd.model import parallel
 from megatron_opd.model.build import build, head_weight
@@ -44,6 +44,7 @@ class MegatronTeacher:
         self._settings = settings
         self._needs = needs
         self._ranks = ranks
+        self._device = model.device
         split = parallel.ParallelConfig(tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel)
         parallel.initialize(split, device=model.device, seed=model.seed)
         self._model = build(model.hf_config, split, dtype=getattr(torch, settings.dtype), device=model.device).eval()
@@ -76,7 +77,7 @@ class MegatronTeacher:
         """Nothing to give back: the role closes the ranks."""
 
     def _forward(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
-        batch = next(batches)
+        batch = to_device(next(batches), self._device)
         return forward_hidden(model, batch), partial(self._score, batch=batch)
 
     def _score(self, hidden: torch.Tensor, *, batch: MicroBatch, non_loss_data: bool) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A teacher without a model: one distribution over the vocabulary, drawn from a seed. For tests and dry runs."""
+"""A teacher without a model: one distribution over the vocabulary, drawn from a seed. For tests."""
 
 from collections.abc import Sequence
 

@@ -43,6 +43,20 @@ class Architecture:
     qkv_bias: bool
     linear_bias: bool  # on every linear layer but the LM head
 
+    def require_divisible(self, *, tensor: int, pipeline: int) -> None:
+        """Raises ConfigError unless so many tensor- and pipeline-parallel ranks share the model evenly; names the numbers that do."""
+        splits = {
+            "num_attention_heads": (self.heads, "tensor_parallel", tensor),
+            "num_query_groups": (self.groups, "tensor_parallel", tensor),
+            "intermediate_size": (self.ffn, "tensor_parallel", tensor),
+            "num_layers": (self.layers, "pipeline_parallel", pipeline),
+        }
+        for name, (size, setting, ranks) in splits.items():
+            if size % ranks:
+                divisors = [str(n) for n in range(1, size + 1) if size % n == 0]
+                use = ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
+                raise ConfigError(f"{setting}={ranks} does not divide {name}={size}; use {use}")
+
 
 def architecture(hf_config: Any) -> Architecture:
     """Reads a `transformers` config.

@@ -8,6 +8,7 @@ both ends are closed for good: a process group that lost a message cannot be men
 """
 
 import json
+import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ class BroadcastSender:
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._receivers = 0
+        self._names: dict[int, str] = {}  # rank -> who it is
         self._updates = 0
         self._store: dist.TCPStore | None = None
         self._group: dist.ProcessGroup | None = None
@@ -62,6 +64,7 @@ class BroadcastSender:
         try:
             for rank in range(1, self._receivers + 1):
                 self._await(f"joined/{rank}", f"weights version {version}: receiver {rank} of {self._receivers} did not join")
+                self._names[rank] = self._store.get(f"joined/{rank}").decode()
             self._announce(version, manifest)
             seconds = self._stream(version, manifest, tensors)
             start = time.perf_counter()
@@ -90,7 +93,7 @@ class BroadcastSender:
             self._group = _group(self._store, self._host, 0, self._receivers + 1, self._device, self._timeout_s)
         except RuntimeError as error:
             reason = self._complaint() or _first_line(error)
-            raise WeightSyncError(f"weights version {version}: no group with {self._receivers} receivers: {reason}") from error
+            raise WeightSyncError(f"weights version {version}: no group with {self._silent()}: {reason}") from error
 
     def _stream(self, version: int, manifest: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
         seconds = {"gather": 0.0, "digest": 0.0, "broadcast": 0.0}
@@ -116,13 +119,13 @@ class BroadcastSender:
             _broadcast(self._group, buffer, self._timeout_s)
         except RuntimeError as error:
             raise WeightSyncError(
-                f"weights version {version}, bucket {bucket.index} (first tensor {bucket.first_name}): a receiver is lost or later than "
-                f"{self._timeout_s:g} s: {self._complaint() or _first_line(error)}"
+                f"weights version {version}, bucket {bucket.index} (first tensor {bucket.first_name}): {self._silent()} is lost or later "
+                f"than {self._timeout_s:g} s: {self._complaint() or _first_line(error)}"
             ) from error
 
     def _await_receivers(self, version: int) -> None:
         for rank in range(1, self._receivers + 1):
-            self._await(f"result/{self._updates}/{rank}", f"weights version {version}: receiver {rank} did not confirm the update")
+            self._await(f"result/{self._updates}/{rank}", f"weights version {version}: {self._names[rank]} did not confirm the update")
         if complaint := self._complaint():
             raise WeightSyncError(complaint)
 
@@ -134,8 +137,16 @@ class BroadcastSender:
         for rank in range(1, self._receivers + 1):
             key = f"result/{self._updates}/{rank}"
             if self._store.check([key]) and (result := self._store.get(key).decode()) != _RECEIVED:
-                return f"receiver {rank}: {result}"
+                return f"{self._names[rank]}: {result}"
         return ""
+
+    def _silent(self) -> str:
+        """Those that have not even begun this update, or if all have, those that have not confirmed it."""
+        for step in ("begun", "result"):
+            missing = [name for rank, name in self._names.items() if not self._store.check([f"{step}/{self._updates}/{rank}"])]
+            if missing:
+                return ", ".join(missing)
+        return "nobody in particular"
 
 
 class BroadcastReceiver:
@@ -160,7 +171,7 @@ class BroadcastReceiver:
             with socket.create_connection((address.host, address.port), timeout=timeout_s) as probe:
                 self._own_host = probe.getsockname()[0]  # of the interface that leads to the sender
             self._store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=timeout_s))
-            self._store.set(f"joined/{rank}", "")
+            self._store.set(f"joined/{rank}", f"receiver {rank} (pid {os.getpid()} on {socket.gethostname()})")
         except (OSError, RuntimeError) as error:
             raise WeightSyncError(f"receiver {rank} cannot reach the weight {self._sender}: {_first_line(error)}") from error
 
@@ -215,6 +226,7 @@ class BroadcastReceiver:
         key = f"update/{self._updates + 1}"
         _await_key(self._store, key, self._timeout_s, f"weights version {version}: {self._sender} announced nothing")
         words = json.loads(self._store.get(key))
+        self._store.set(f"begun/{self._updates + 1}/{self._rank}", "")
         if words["version"] != version:
             complaint = f"expected weights version {version}, {self._sender} sends version {words['version']}"
             self._answer(complaint, version)

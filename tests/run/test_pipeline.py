@@ -16,8 +16,9 @@ TP2 = {"tensor_parallel": 2}
 CASES = {
     "untied llama, tp2 sp, head and tail": ("llama", {}, {**TP2, "sequence_parallel": True}, {}, "head_tail_reverse_kl"),
     "tied llama, pp2, sampled": ("llama", {"tie_word_embeddings": True}, {"pipeline_parallel": 2}, TP2, "sampled_reverse_kl"),
-    "tied qwen2, tp2, top k": ("qwen2", {"tie_word_embeddings": True}, TP2, {"pipeline_parallel": 2}, "forward_kl_topk"),
-    "untied qwen3, dp2, sampled": ("qwen3", {}, {"data_parallel": 2}, {}, "sampled_reverse_kl"),
+    "tied qwen2, tp2, sampled": ("qwen2", {"tie_word_embeddings": True}, TP2, {"pipeline_parallel": 2}, "sampled_reverse_kl"),
+    "untied qwen3, dp2, head and tail": ("qwen3", {}, {"data_parallel": 2}, {}, "head_tail_reverse_kl"),
+    "tied qwen3, one rank, top k": ("qwen3", {"tie_word_embeddings": True}, {}, {}, "forward_kl_topk"),
 }
 
 
@@ -35,7 +36,7 @@ def test_a_student_that_is_its_own_teacher_has_no_gradient_and_engines_agree_aft
     assert other[0]["loss"] > 0.1 and other[0]["tokens"] > 50
     for step in other:
         assert step["lags"] == {"0": step["tokens"]}
-        if "mismatch" in step["diagnostics"]:
+        if estimator != "forward_kl_topk":  # which asks for no log b
             assert step["diagnostics"]["mismatch"] < 1e-4, f"step {step['version']}: vLLM and learner disagree about the same tokens"
 
 
