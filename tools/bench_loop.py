@@ -95,7 +95,7 @@ def one_loop(seed: int, lag: int, steps: int) -> dict:
     """One run of the product; KL is the mean over the last quarter of its steps, on prompts never seen before."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "run.dir": f"{folder}/run", "run.seed": seed, "loop.max_lag": lag, "loop.steps": steps, "eval.prompts": "", "eval.verifier": "",
+            "run.dir": f"{folder}/run", "run.seed": seed, "loop.max_lag": lag, "loop.steps": steps, "eval.prompts": '""', "eval.verifier": '""',
             "rollout.cores": "[0]", "learner.cores": "[1]", "teacher.cores": "[1]",
         }  # fmt: skip
         command = [sys.executable, "-m", "megatron_opd", "train", str(EXAMPLE / "config.yaml"), *(f"{k}={v}" for k, v in settings.items())]

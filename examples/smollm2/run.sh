@@ -7,4 +7,4 @@ cd "$(dirname "$0")/../.."
 python="${MEGATRON_OPD_VENV:-.venv}/bin/python"
 here=examples/smollm2
 [ -e $here/models/student/model.safetensors ] || "$python" $here/prepare.py
-exec "$python" -m megatron_opd train $here/config.yaml "$@"
+exec "$python" -m megatron_opd train $here/config.yaml "run.dir=runs/smollm2-$(date +%Y%m%d-%H%M%S)" "$@"
