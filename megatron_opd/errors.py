@@ -25,5 +25,9 @@ class PeerError(OPDError):
     """A peer failed, vanished or stayed silent past its timeout; the message names it."""
 
 
+class HungUpError(PeerError):
+    """The controller closed the connection: something else went wrong before."""
+
+
 class WeightSyncError(OPDError):
     """A weight bucket arrived late, out of order or with another digest than it was sent with."""

@@ -1,7 +1,6 @@
 """Runs all roles of a job on this machine and watches them: the first to die ends the run, and nobody outlives it."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -14,13 +13,14 @@ from types import TracebackType
 from typing import IO, Self
 
 from megatron_opd.config import Config, to_yaml
-from megatron_opd.errors import ConfigError, OPDError
+from megatron_opd.errors import ConfigError, HungUpError, OPDError
 from megatron_opd.placement import Process
 from megatron_opd.runtime.environment import environment
 from megatron_opd.runtime.rpc import make_keys
 
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
 REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # where a role writes the error it dies of; a pipe, so that a full disk hides nothing
+_DISTANCE = {RuntimeError.__name__: 2, HungUpError.__name__: 3}  # what a rank raises when a neighbour died, a role when the controller did
 _GRACE_S = 10.0  # for the others to end after the controller has
 _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
 
@@ -135,9 +135,9 @@ class Children:
     def _raise_if_any_failed(self) -> None:
         if all(child.popen.poll() in (None, 0) for child in self._children):
             return
-        time.sleep(0.5)  # the cause and those it took with it die within moments: let all of them speak
+        time.sleep(1.0)  # the cause and those it took with it die within moments: let all of them speak
         failed = [child for child in self._children if child.popen.poll() not in (None, 0)]
-        raise RoleDied(min(_cause(child) for child in failed)[1])
+        raise RoleDied(min(_cause(child) for child in failed)[-1])
 
     def _signal(self, number: signal.Signals) -> None:
         for child in self._children:
@@ -151,16 +151,16 @@ def _devices(process: Process) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, process.devices))} if process.devices else {}
 
 
-def _cause(child: Child) -> tuple[float, str]:
-    """When a child died (0 when it could not tell: it was killed, and the others died of it), and what to tell the user."""
+def _cause(child: Child) -> tuple[int, float, str]:
+    """How far from the root this death is, when it happened, and what to tell the user: the least of all is the cause."""
     code = child.popen.returncode
     reports = (child.report.read() or b"").splitlines()
     if reports:
         first = json.loads(reports[0])
-        return first["time"], f"{child.process.name}: {first['message']} (log: {child.log})"
+        return _DISTANCE.get(first["kind"], 1), first["time"], f"{child.process.name}: {first['message']} (log: {child.log})"
     if code < 0:
-        return 0.0, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
-    return math.inf, f"{child.process.name} ended with exit code {code} (log: {child.log})"
+        return 0, 0.0, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
+    return 4, 0.0, f"{child.process.name} ended with exit code {code} (log: {child.log})"
 
 
 def report_death(error: BaseException) -> None:
@@ -168,5 +168,5 @@ def report_death(error: BaseException) -> None:
     descriptor = os.environ.get(REPORT_FD)
     if descriptor is not None:
         message = str(error) if isinstance(error, OPDError) else f"{type(error).__name__}: {error}"
-        line = json.dumps({"time": time.time(), "message": message[:4000]})
+        line = json.dumps({"kind": type(error).__name__, "time": time.time(), "message": message[:4000]})
         os.write(int(descriptor), line.encode() + b"\n")

@@ -54,6 +54,7 @@ def main() -> None:
     if arguments.quick:
         arguments.seeds, arguments.steps = 1, 15
     os.environ.update(environment("cpu"))
+    subprocess.run([EXAMPLE / "prepare.sh"], check=True)
     figures = compare_loops(arguments.seeds, arguments.steps)
     figures |= compare("rollout_over_vllm", "tokens/s", our_rollout, bare_vllm, core=0)
     figures |= compare("learner_over_megatron", "s/step", our_learner, bare_megatron, core=1)
@@ -177,7 +178,8 @@ def bare_vllm() -> float:
 
     llm = LLM(
         model=str(STUDENT), skip_tokenizer_init=True, dtype=ROLLOUT.dtype, enforce_eager=True, max_model_len=64,
-        max_num_seqs=ROLLOUT.max_running, kv_cache_memory_bytes=ROLLOUT.kv_cache_bytes, generation_config="vllm", logprobs_mode="processed_logprobs",
+        max_num_seqs=ROLLOUT.max_running, kv_cache_memory_bytes=ROLLOUT.kv_cache_bytes, generation_config="vllm",
+        logprobs_mode="processed_logprobs",
     )  # fmt: skip
     params = SamplingParams(max_tokens=RESPONSE_TOKENS, stop_token_ids=list(end_ids(STUDENT)), logprobs=0, detokenize=False)
     for _ in range(2):

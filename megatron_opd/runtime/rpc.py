@@ -20,7 +20,7 @@ import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from megatron_opd.errors import ConfigError, PeerError
+from megatron_opd.errors import ConfigError, HungUpError, PeerError
 from megatron_opd.runtime import wire
 from megatron_opd.types import Address, Hello
 
@@ -185,7 +185,7 @@ class Desk:
         """Waits for a request; returns all that have come by then, as (number, message).
 
         Raises:
-            PeerError: the controller is gone.
+            HungUpError: the controller is gone.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -227,7 +227,7 @@ class AsyncDesk:
         """(number, message) of each request as it comes, for ever.
 
         Raises:
-            PeerError: the controller is gone.
+            HungUpError: the controller is gone.
         """
         hung_up = asyncio.ensure_future(self._monitor.recv_multipart())
         try:
@@ -287,8 +287,8 @@ def _failure(number: bytes, reason: str) -> list[bytes]:
     return [number, b"failure", b"", reason.encode()]
 
 
-def _gone(address: Address) -> PeerError:
-    return PeerError(f"the controller at {address.host}:{address.port} closed the connection; see its log")
+def _gone(address: Address) -> HungUpError:
+    return HungUpError(f"the controller at {address.host}:{address.port} closed the connection; see its log")
 
 
 def publish_address(file: Path, address: Address) -> None:

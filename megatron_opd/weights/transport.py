@@ -171,7 +171,7 @@ class BroadcastReceiver:
             with socket.create_connection((address.host, address.port), timeout=timeout_s) as probe:
                 self._own_host = probe.getsockname()[0]  # of the interface that leads to the sender
             self._store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=timeout_s))
-            self._store.set(f"joined/{rank}", f"receiver {rank} (pid {os.getpid()} on {socket.gethostname()})")
+            self._store.set(f"joined/{rank}", f"rollout worker {rank} (pid {os.getpid()} on {socket.gethostname()})")
         except (OSError, RuntimeError) as error:
             raise WeightSyncError(f"receiver {rank} cannot reach the weight {self._sender}: {_first_line(error)}") from error
 
