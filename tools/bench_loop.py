@@ -96,7 +96,8 @@ def one_loop(seed: int, lag: int, steps: int) -> dict:
     """One run of the product; KL is the mean over the last quarter of its steps, on prompts never seen before."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "run.dir": f"{folder}/run", "run.seed": seed, "loop.max_lag": lag, "loop.steps": steps, "eval.prompts": '""', "eval.verifier": '""',
+            "run.dir": f"{folder}/run", "run.seed": seed, "loop.max_lag": lag, "loop.steps": steps,
+            "eval.prompts": '""', "eval.verifier": '""',
             "rollout.cores": "[0]", "learner.cores": "[1]", "teacher.cores": "[1]",
         }  # fmt: skip
         command = [sys.executable, "-m", "megatron_opd", "train", str(EXAMPLE / "config.yaml"), *(f"{k}={v}" for k, v in settings.items())]
@@ -104,9 +105,7 @@ def one_loop(seed: int, lag: int, steps: int) -> dict:
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     last = lines[-max(1, steps // 4) :]
-    parts = {
-        name.removeprefix("publish."): s / steps for name, s in summary["seconds_by_stage"].items() if name.startswith("publish")
-    }
+    parts = {name.removeprefix("publish."): s / steps for name, s in summary["seconds_by_stage"].items() if name.startswith("publish")}
     return summary | {"kl": statistics.mean(line["diagnostics"]["kl"] for line in last), "update_seconds": parts}
 
 

