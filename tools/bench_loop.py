@@ -1,13 +1,16 @@
 """What asynchrony buys, and what our loop costs over the bare engines. Two CPU cores, about 20 minutes (--quick: 4).
 
-    python tools/bench_loop.py --json FILE
+    python tools/bench_loop.py --json FILE [key=value ...]     # settings of the loop, e.g. rollout.dtype=float32
+
+Asynchrony hides the shorter of two things behind the longer one: rollout behind learner and teacher, or the other way. The
+closer their times, the more it gains, so the ratio belongs to a workload and a placement.
 
 Everything is measured in this run, on the demo's models, side by side:
 
 - the loop: `megatron-opd train` with max_lag 0, 2 and 4 in turn, seed by seed; rollout pinned to core 0, learner and
   teacher to core 1; same prompts, same number of steps. Throughput is response tokens per wall second of the loop.
 - rollout: our rollout backend against bare vLLM (`LLM.generate` in one process), each alone on core 0, same prompts
-  and same settings; tokens that came out are counted.
+  and same settings, every response 128 tokens long (the end-of-sequence id is one that the model never says).
 - learner: a step of our learner (packing, estimator, reports) against a bare Megatron loop on the same packed
   micro-batches: same GPTModel, same optimizer, Megatron's own vocabulary-parallel cross-entropy over materialised logits.
 - weight update: seconds by part, from the loop's own accounts.
@@ -21,6 +24,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,7 +44,7 @@ from megatron_opd.types import Needs, Prompt, Rollout, Segment, Trajectory
 EXAMPLE = Path("examples/arithmetic")
 STUDENT = EXAMPLE / "models" / "student"
 LAGS = (0, 2, 4)
-PROMPT_TOKENS, RESPONSE_TOKENS, SEQUENCES = 12, 32, 256
+PROMPT_TOKENS, RESPONSE_TOKENS, SEQUENCES = 12, 128, 128
 
 
 def main() -> None:
@@ -49,13 +53,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run of the loop")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the loop beside the demo's own")
     parser.add_argument("--quick", action="store_true", help="1 seed, 15 steps: to see that it works, not to quote")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.steps = 1, 15
     os.environ.update(environment("cpu"))
     subprocess.run([EXAMPLE / "prepare.sh"], check=True)
-    figures = compare_loops(arguments.seeds, arguments.steps)
+    figures = compare_loops(arguments.seeds, arguments.steps, arguments.overrides)
     figures |= compare("rollout_over_vllm", "tokens/s", our_rollout, bare_vllm, core=0)
     figures |= compare("learner_over_megatron", "s/step", our_learner, bare_megatron, core=1)
     if arguments.json:
@@ -63,15 +68,20 @@ def main() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
-def compare_loops(seeds: int, steps: int) -> dict:
+def compare_loops(seeds: int, steps: int, overrides: list[str]) -> dict:
     """The loop at each lag, lags in turn within a seed so that drift of the machine hits all alike."""
     runs: dict[int, list[dict]] = {lag: [] for lag in LAGS}
     for seed in range(seeds):
         for lag in LAGS:
-            runs[lag].append(one_loop(seed, lag, steps))
+            runs[lag].append(one_loop(seed, lag, steps, overrides))
     speed = {lag: [run["tokens_per_second"] for run in runs[lag]] for lag in LAGS}
     table = Table(
-        "max_lag", "tokens/s (each seed)", "over max_lag 0 (median)", "overlap", "final KL (each seed)", title=f"loop, {steps} steps"
+        "max_lag",
+        "tokens/s (each seed)",
+        "over max_lag 0 (median)",
+        "overlap",
+        "final KL (each seed)",
+        title=f"loop, {steps} steps {' '.join(overrides)}",
     )
     ratios = {lag: statistics.median(a / s for a, s in zip(speed[lag], speed[0])) for lag in LAGS}
     for lag in LAGS:
@@ -92,7 +102,7 @@ def compare_loops(seeds: int, steps: int) -> dict:
     }
 
 
-def one_loop(seed: int, lag: int, steps: int) -> dict:
+def one_loop(seed: int, lag: int, steps: int, overrides: list[str]) -> dict:
     """One run of the product; KL is the mean over the last quarter of its steps, on prompts never seen before."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -100,7 +110,15 @@ def one_loop(seed: int, lag: int, steps: int) -> dict:
             "eval.prompts": '""', "eval.verifier": '""',
             "rollout.cores": "[0]", "learner.cores": "[1]", "teacher.cores": "[1]",
         }  # fmt: skip
-        command = [sys.executable, "-m", "megatron_opd", "train", str(EXAMPLE / "config.yaml"), *(f"{k}={v}" for k, v in settings.items())]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_opd",
+            "train",
+            str(EXAMPLE / "config.yaml"),
+            *(f"{k}={v}" for k, v in settings.items()),
+            *overrides,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
@@ -152,13 +170,24 @@ def prompts() -> list[Prompt]:
 ROLLOUT = RolloutConfig(max_response_tokens=RESPONSE_TOKENS, max_running=64, kv_cache_bytes=64 << 20)
 
 
+def endless_student(folder: str) -> str:
+    """The demo's student with another end-of-sequence id, so that all responses have the same length."""
+    path = shutil.copytree(STUDENT, Path(folder, "student"))
+    for name in ("config.json", "generation_config.json"):
+        if (path / name).exists():
+            (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | {"eos_token_id": 2}))
+    return str(path)
+
+
 def our_rollout() -> float:
     """Tokens per second of the rollout backend, behaviour log-probabilities included, second of two rounds."""
     from megatron_opd.rollout.engine import EngineSettings, VLLMRollout
 
     async def run() -> float:
-        settings = EngineSettings(rollout=ROLLOUT, path=str(STUDENT), needs=Needs(behaviour_logp=True), max_model_len=64)
-        engine = await VLLMRollout.start(settings)
+        with tempfile.TemporaryDirectory() as folder:
+            path, length = endless_student(folder), PROMPT_TOKENS + RESPONSE_TOKENS
+            settings = EngineSettings(rollout=ROLLOUT, path=path, needs=Needs(behaviour_logp=True), max_model_len=length)
+            engine = await VLLMRollout.start(settings)
         for _ in range(2):
             start = time.perf_counter()
             rollouts = await asyncio.gather(*(engine.generate(prompt) for prompt in prompts()))
@@ -175,12 +204,14 @@ def bare_vllm() -> float:
 
     from megatron_opd.rollout.engine import end_ids
 
-    llm = LLM(
-        model=str(STUDENT), skip_tokenizer_init=True, dtype=ROLLOUT.dtype, enforce_eager=True, max_model_len=64,
-        max_num_seqs=ROLLOUT.max_running, kv_cache_memory_bytes=ROLLOUT.kv_cache_bytes, generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-    )  # fmt: skip
-    params = SamplingParams(max_tokens=RESPONSE_TOKENS, stop_token_ids=list(end_ids(STUDENT)), logprobs=0, detokenize=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path, length = endless_student(folder), PROMPT_TOKENS + RESPONSE_TOKENS
+        llm = LLM(
+            model=path, skip_tokenizer_init=True, dtype=ROLLOUT.dtype, enforce_eager=True, max_model_len=length,
+            max_num_seqs=ROLLOUT.max_running, kv_cache_memory_bytes=ROLLOUT.kv_cache_bytes, generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+        )  # fmt: skip
+        params = SamplingParams(max_tokens=RESPONSE_TOKENS, stop_token_ids=list(end_ids(path)), logprobs=0, detokenize=False)
     for _ in range(2):
         start = time.perf_counter()
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p.token_ids.tolist()) for p in prompts()], params, use_tqdm=False)
