@@ -23,8 +23,10 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except OPDError as error:
+        sys.stdout.flush()  # the error is the last thing that a reader sees
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
+        sys.stdout.flush()
         print("interrupted; all roles have ended, what was finished is in the run directory", file=sys.stderr)
         sys.exit(130)
 
