@@ -72,7 +72,8 @@ def _train(arguments: argparse.Namespace) -> None:
         check(config)
         console().print(configs.to_yaml(config), _roles(processes), highlight=False)
         return
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to SIGINT
+        signal.signal(number, signal.default_int_handler)
     folder = prepare(config)
     with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
         for process in processes:

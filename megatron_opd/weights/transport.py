@@ -146,7 +146,7 @@ class BroadcastSender:
             missing = [name for rank, name in self._names.items() if not self._store.check([f"{step}/{self._updates}/{rank}"])]
             if missing:
                 return ", ".join(missing)
-        return "nobody in particular"
+        return "a receiver"
 
 
 class BroadcastReceiver:

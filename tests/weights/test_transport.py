@@ -105,7 +105,7 @@ def test_a_flipped_byte_is_detected_at_the_receiver_and_told_to_the_sender(pool,
 
     at_sender, at_receiver = failing(pool, monkeypatch, flip)
     assert "version 7, bucket 1" in at_receiver and "first tensor w1" in at_receiver and "bytes changed" in at_receiver
-    assert "receiver 1" in at_sender and ("bytes changed" in at_sender or "lost" in at_sender)
+    assert "rollout worker 1" in at_sender and ("bytes changed" in at_sender or "lost" in at_sender)
 
 
 def test_a_dropped_bucket_is_detected(pool, monkeypatch):
