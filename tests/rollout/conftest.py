@@ -1,13 +1,3 @@
-"""Variables that engines read when they start, only while the tests of this folder run."""
+from tests.engines import engine_environment
 
-import pytest
-
-from megatron_opd.runtime.environment import environment
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engine_environment():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment("cpu").items():
-            patch.setenv(name, value)
-        yield
+__all__ = ["engine_environment"]
