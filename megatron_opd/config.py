@@ -107,11 +107,13 @@ class TeacherConfig:
     pipeline_parallel: int = 1
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     batch_tokens: int = 8192  # scored together at most, prompts included
+    gather_s: float = 0.0  # wait after a first rollout for more to score with it: spares a device that others share
     kv_cache_bytes: int = 256 << 20  # backend vllm only
     cores: tuple[int, ...] = ()  # CPU cores of rank 0, 1, ... over all replicas
 
     def __post_init__(self) -> None:
         _positive("teacher", self, "replicas", "tensor_parallel", "pipeline_parallel", "batch_tokens", "kv_cache_bytes")
+        _require(self.gather_s >= 0, f"teacher.gather_s={self.gather_s} must be 0 or more")
         _require(
             self.backend != "vllm" or self.pipeline_parallel == 1,
             f"teacher.pipeline_parallel={self.pipeline_parallel} needs teacher.backend=megatron",

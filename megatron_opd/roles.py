@@ -169,12 +169,12 @@ class LearnerHandler:
         return None
 
 
-def _serve(desk: rpc.Desk | None, ranks: Ranks | None, handle: Handler, batches: Batches) -> None:
+def _serve(desk: rpc.Desk | None, ranks: Ranks | None, handle: Handler, batches: Batches, gather_s: float = 0.0) -> None:
     """The first rank takes requests and groups them; all ranks handle each group; the first rank answers."""
     if desk is not None:
         desk.greet()
     while True:
-        for numbers, request in batches(desk.receive()) if desk is not None else [([], None)]:
+        for numbers, request in batches(desk.receive(gather_s)) if desk is not None else [([], None)]:
             if ranks is not None:
                 request = _share(ranks, request)
             try:
@@ -308,7 +308,7 @@ def _teacher(config: Config, process: Process) -> None:
         return [Done()]
 
     desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
-    _serve(desk, ranks, handle, _by_tokens(config.teacher.batch_tokens))
+    _serve(desk, ranks, handle, _by_tokens(config.teacher.batch_tokens), config.teacher.gather_s)
 
 
 def _evaluate(config: Config, process: Process) -> None:

@@ -181,8 +181,8 @@ class Desk:
         """Says Hello: from now on the controller may ask."""
         self._socket.send_multipart(_greeting(self._hello))
 
-    def receive(self) -> list[tuple[bytes, Any]]:
-        """Waits for a request; returns all that have come by then, as (number, message).
+    def receive(self, gather_s: float = 0.0) -> list[tuple[bytes, Any]]:
+        """Waits for a request, then `gather_s` for more; returns all that have come by then, as (number, message).
 
         Raises:
             HungUpError: the controller is gone.
@@ -192,6 +192,7 @@ class Desk:
         poller.register(self._monitor, zmq.POLLIN)
         if self._socket not in dict(poller.poll()):
             raise _gone(self._address)
+        time.sleep(gather_s)
         requests = []
         while self._socket.poll(0):
             requests.append(_request(self._socket.recv_multipart()))
