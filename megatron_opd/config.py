@@ -151,6 +151,7 @@ class LearnerConfig:
     micro_batch_tokens: int = 4096  # packed inputs per micro-batch; one longer sequence makes a micro-batch of its own
     recompute: bool = False  # full activation recompute, layer by layer
     logps_chunk_tokens: int = 1024  # rows of logits that exist at a time
+    moments: bool = True  # entropies of student and teacher and the agreement of their arg-maxes, every step
     bucket_bytes: int = 64 << 20  # of weight streaming
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     cores: tuple[int, ...] = ()  # CPU cores of rank 0, 1, ...
@@ -183,6 +184,16 @@ class EstimatorConfig:
 
     name: str = "forward_kl_topk"
     settings: dict[str, Any] = field(default_factory=dict)  # fields of the estimator's dataclass
+    weight: float = 1.0
+    plus: str = ""  # a second estimator whose weighted loss is added
+    plus_settings: dict[str, Any] = field(default_factory=dict)
+    plus_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("estimator", self, "weight", "plus_weight")
+        _require(
+            bool(self.plus) or not self.plus_settings, "estimator.plus_settings are given but estimator.plus is empty; name the second"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +203,25 @@ class LoopConfig:
     steps: int = 100  # optimizer steps
     batch: int = 64  # prompts per optimizer step
     max_lag: int = 1  # hard bound in optimizer steps; 0 is strictly synchronous
+    exact_lag: bool = False  # True: train every batch exactly max_lag steps after it was generated, save the first max_lag ones
+    export_every: int = 0  # writes the student as a Hugging Face folder hf-STEP every so many steps; 0: at the end only
 
     def __post_init__(self) -> None:
         _positive("loop", self, "steps", "batch")
         _require(self.max_lag >= 0, f"loop.max_lag={self.max_lag} must be 0 or more")
+        _require(self.export_every >= 0, f"loop.export_every={self.export_every} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When a run that goes wrong is stopped, by means over `window` steps. 0 switches a guard off."""
+
+    window: int = 5  # steps
+    length_growth: float = 4.0  # mean response length over that of the first window
+    support_mass: float = 0.02  # least mass of the student on the ids that are cached, where the estimator reports "support_mass"
+
+    def __post_init__(self) -> None:
+        _positive("guard", self, "window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +249,7 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

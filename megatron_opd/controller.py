@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import PromptSource
+from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
 from megatron_opd.runtime.rpc import Peer, least_busy
 from megatron_opd.store.fifo import TrajectoryStore
@@ -67,6 +68,7 @@ class Controller:
         self._roles = roles
         self._log = log
         self._timeout_s = config.run.peer_timeout_s
+        self._guard = Guard(config.guard)
         self._store = TrajectoryStore(batch=config.loop.batch, max_lag=config.loop.max_lag)
         self.totals = Totals()
 
@@ -74,7 +76,7 @@ class Controller:
         """Trains for `loop.steps` optimizer steps, writes the student to `export_path`.
 
         Raises:
-            ExceptionGroup: of PeerError and the like, the first failure of any role.
+            ExceptionGroup: of PeerError and the like, the first failure of any role; of GuardError, if the run goes wrong.
         """
         await self._open_transport()
         started = time.monotonic()
@@ -82,7 +84,7 @@ class Controller:
             peer.busy_s = 0.0
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._admit(tasks))
-            await self._train()
+            await self._train(export_path)
         summary = self._summary(time.monotonic() - started, export_path)
         await self._roles.learner.call(Export(path=export_path), self._timeout_s)
         return summary
@@ -113,17 +115,22 @@ class Controller:
             index=prompt.index, prompt_ids=prompt.token_ids, response_ids=prompt.completion_ids, segments=(start,), finish_reason="stop"
         )
 
-    async def _train(self) -> None:
+    async def _train(self, export_path: str) -> None:
         for version in range(1, self._config.loop.steps + 1):
             started = time.monotonic()
             batch = await self._store.take()
             waited = time.monotonic()
             report: StepReport = await self._roles.learner.call(Train(trajectories=batch), self._timeout_s)
             trained = time.monotonic()
+            if self._config.loop.exact_lag:
+                end = self._config.loop.batch * min(version + self._config.loop.max_lag, self._config.loop.steps)
+                await self._store.finished(end)
             parts = await self._publish(version)
             await self._store.release(version)
             seconds = {"wait": waited - started, "train": trained - waited, "publish": time.monotonic() - trained}
             self._account(report, seconds, parts, batch)
+            if self._config.loop.export_every and version % self._config.loop.export_every == 0:
+                await self._roles.learner.call(Export(path=f"{export_path}-{version}"), self._timeout_s)
 
     async def _open_transport(self) -> None:
         """Joins learner and rollouts into one weight group and sends version 0: what is sampled is what is trained."""
@@ -178,4 +185,6 @@ class Controller:
         assert max(report.lags, default=0) <= self._config.loop.max_lag, f"lag {max(report.lags)} exceeds loop.max_lag: the store is broken"
         lengths = [len(trajectory.rollout.response_ids) for trajectory in batch]
         stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch)
-        self._log.write(report, seconds, mean_length=sum(lengths) / len(lengths), stopped=stopped / len(batch))
+        mean_length = sum(lengths) / len(lengths)
+        self._log.write(report, seconds, mean_length=mean_length, stopped=stopped / len(batch))
+        self._guard.watch(report, mean_length)

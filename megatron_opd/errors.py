@@ -31,3 +31,7 @@ class HungUpError(PeerError):
 
 class WeightSyncError(OPDError):
     """A weight bucket arrived late, out of order or with another digest than it was sent with."""
+
+
+class GuardError(OPDError):
+    """A run goes wrong by its own diagnostics: responses explode, or the student leaves the ids that are scored."""

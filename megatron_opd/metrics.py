@@ -35,6 +35,7 @@ class StepLog:
         points = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
         points |= {"tokens_per_second": line["tokens_per_second"], "mean_length": mean_length, "stopped": stopped}
         points |= {"lag_max": max(report.lags, default=0)} | report.diagnostics
+        points |= {f"kl_by_position/{first}": kl for first, kl in report.kl_by_position.items()}
         for name, value in points.items():
             self._board.add_scalar(name, value, report.version)
         self._board.flush()

@@ -1,6 +1,6 @@
 """Everything about a run that can be refused before a process starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -9,8 +9,10 @@ from megatron_opd import estimators
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import Record, load_records, load_tokenizer, require_same_tokens
 from megatron_opd.errors import CheckpointError, ConfigError
+from megatron_opd.estimators.mix import Mix
 from megatron_opd.interfaces import Estimator
 from megatron_opd.runtime.imports import load_object
+from megatron_opd.types import Needs
 from megatron_opd.weights.architectures import architecture
 from megatron_opd.weights.files import SafetensorsFolder
 from megatron_opd.weights.mapping import hf_manifest
@@ -44,22 +46,38 @@ def build_estimator(config: Config) -> Estimator:
     Raises:
         ConfigError: a need that the config cannot honour, with the remedy.
     """
-    estimator = estimators.build(config.estimator.name, config.estimator.settings)
-    needs, name, teacher = estimator.needs, config.estimator.name, config.teacher.backend
+    chosen = config.estimator
+    estimator = estimators.build(chosen.name, chosen.settings)
+    if chosen.plus:
+        second = estimators.build(chosen.plus, chosen.plus_settings)
+        estimator = Mix(first=estimator, second=second, first_weight=chosen.weight, second_weight=chosen.plus_weight)
+    elif chosen.weight != 1:
+        raise ConfigError(f"estimator.weight={chosen.weight} weighs the first of two estimators; name the second as estimator.plus")
+    needs, teacher = estimator.needs, config.teacher.backend
+    name = " + ".join(filter(None, (chosen.name, chosen.plus)))
     if needs.teacher and teacher == "none":
         raise ConfigError(f"estimator {name} needs a teacher; set teacher.backend=megatron or vllm and teacher.path")
     if not needs.teacher and teacher != "none":
         raise ConfigError(f"estimator {name} uses no teacher; set teacher.backend=none")
-    if teacher == "vllm" and (needs.teacher_head or needs.teacher_draws):
+    if teacher == "vllm" and (needs.teacher_head or needs.teacher_draws or needs.divergence):
+        wanted = "hidden states of the teacher" if needs.divergence else "the teacher at ids that the student chose"
+        raise ConfigError(f"estimator {name} needs {wanted}; vLLM does not give them: set teacher.backend=megatron")
+    if (needs.behaviour_logp or needs.draws or needs.head) and config.rollout.top_p < 1:
         raise ConfigError(
-            f"estimator {name} needs the teacher at ids that the student chose; vLLM cannot score those: set teacher.backend=megatron"
-        )
-    if (needs.behaviour_logp or needs.tail_draws) and config.rollout.top_p < 1:
-        raise ConfigError(
-            f"estimator {name} weighs samples by p/b, which is infinite where "
+            f"estimator {name} corrects by p/b or sums over the head of b, which are wrong where "
             f"rollout.top_p={config.rollout.top_p} cuts b to 0; set rollout.top_p=1"
         )
     return estimator
+
+
+def needs_of(config: Config) -> Needs:
+    """What rollouts and teachers must deliver: for the estimator, and for the run's diagnostics where the teacher can.
+
+    A learner that gets hidden states finds entropy and arg-max itself; vLLM does not know the entropy.
+    """
+    needs = build_estimator(config).needs
+    moments = config.learner.moments and needs.teacher and needs.divergence is None and config.teacher.backend == "megatron"
+    return replace(needs, moments=moments)
 
 
 def check(config: Config) -> Checked:
@@ -74,7 +92,7 @@ def check(config: Config) -> Checked:
     if needs.generation:
         architecture(student).require_divisible(tensor=config.rollout.tensor_parallel, pipeline=1)
         _check_length(config, "student", student)
-    widest = max(needs.head + (needs.tail_draws > 0), needs.teacher_top)
+    widest = max(needs.head + (needs.draws > 0), needs.teacher_top)
     if widest > student.vocab_size:
         raise ConfigError(f"estimator {config.estimator.name} asks for {widest} ids of a vocabulary of {student.vocab_size}; ask for fewer")
     if config.teacher.backend != "none":

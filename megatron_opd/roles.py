@@ -16,7 +16,7 @@ from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_tokenizer
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
 from megatron_opd.placement import Process
-from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config
+from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config, needs_of
 from megatron_opd.runtime import rpc, wire
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.runtime.imports import load_object
@@ -111,17 +111,20 @@ def _open(kind: type[D], config: Config, process: Process) -> D:
 
 
 def _learner(config: Config, process: Process) -> None:
-    from megatron_opd.learner.learner import Learner, StudentModel
+    from megatron_opd.learner.learner import Learner, StudentModel, TeacherHead
 
     if config.run.device == "cuda":
         mark_operations()
     ranks = _ranks(config, process)
+    given = config.teacher
     student = StudentModel(
         path=config.student.path,
         hf_config=load_hf_config(config.student.path),
         steps=config.loop.steps,
         seed=config.run.seed,
         device=config.run.device,
+        teacher=TeacherHead(path=given.path, hf_config=load_hf_config(given.path), dtype=given.dtype) if given.path else None,
+        teacher_moments=needs_of(config).moments,
     )
     learner = Learner(student, config.learner, build_estimator(config), ranks)
     desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
@@ -239,7 +242,7 @@ async def _rollout(config: Config, process: Process) -> None:
     settings = EngineSettings(
         rollout=config.rollout,
         path=config.student.path,
-        needs=build_estimator(config).needs,
+        needs=needs_of(config),
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         device=config.run.device,
         seed=config.run.seed * 1000 + process.replica,
@@ -278,7 +281,7 @@ async def _rollout(config: Config, process: Process) -> None:
 
 
 def _teacher(config: Config, process: Process) -> None:
-    needs = build_estimator(config).needs
+    needs = needs_of(config)
     ranks = _ranks(config, process) if config.teacher.backend == "megatron" else None  # vLLM makes its own
     if ranks is not None:
         from megatron_opd.teacher.megatron import MegatronTeacher, TeacherModel

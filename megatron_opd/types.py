@@ -4,12 +4,13 @@ Response-aligned arrays are numpy (they travel between processes as raw buffers)
 live inside the learner). Log-probabilities are natural logarithms. p is the student, q the teacher, b the behaviour
 policy: the student version that sampled the token. `None` means "not asked for", never "not yet".
 
-Dimension key: P prompt tokens, R response tokens, K ids per position, m tail draws per position, T packed targets,
-D hidden size, N sequences in a micro-batch.
+Dimension key: P prompt tokens, R response tokens, K ids per position, m draws per position, M distinct draws of a whole
+response, T packed targets, D hidden size, N sequences in a micro-batch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,22 +18,34 @@ import torch
 
 # ---------------------------------------------------------------------------------------------- what is asked for
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """A divergence over the whole vocabulary, in nats. m = weight q + (1 - weight) p."""
+
+    kind: Literal[
+        "forward", "reverse", "jsd", "skewed"
+    ]  # KL(q||p); KL(p||q); weight KL(q||m) + (1 - weight) KL(p||m); a mix of the two KLs
+    weight: float = 0.5  # jsd: beta, in (0, 1); skewed: share of the forward KL, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What an estimator asks of rollouts and teachers; nothing else is computed, shipped or stored."""
 
     behaviour_logp: bool = False  # log b of the generated token
     head: int = 0  # K: ids of the K largest b per position, with log b
-    tail_draws: int = 0  # m: independent draws per position from b restricted to the ids outside the head
+    draws: int = 0  # m: independent draws per position from b restricted to the ids outside the head (from b itself if head is 0)
     teacher_token: bool = False  # log q of the generated token
-    teacher_head: bool = False  # log q at the rollout's head ids
-    teacher_draws: bool = False  # log q at the tail draws
+    teacher_head: bool = False  # log q at the rollout's head ids, and the log of the mass outside them
+    teacher_draws: bool = False  # log q at the draws
     teacher_top: int = 0  # K: ids of the K largest q per position, with log q
+    divergence: Divergence | None = None  # over the whole vocabulary, from the teacher's hidden states and LM head
     generation: bool = True  # False: the data set's own completions are trained on, nothing is sampled
+    moments: bool = False  # entropy and most probable id of the teacher: asked for by the run's diagnostics, not by estimators
 
     @property
     def teacher(self) -> bool:
         """Whether any teacher is needed at all."""
-        return self.teacher_token or self.teacher_head or self.teacher_draws or self.teacher_top > 0
+        return self.teacher_token or self.teacher_head or self.teacher_draws or self.teacher_top > 0 or self.divergence is not None
 
 
 # ---------------------------------------------------------------------------------------- response-aligned, travels
@@ -63,8 +76,10 @@ class Rollout:
     logp: np.ndarray | None = None  # [R] float32, log b(token) of the distribution that was sampled from
     head_ids: np.ndarray | None = None  # [R, K] int32, distinct, by falling b
     head_logp: np.ndarray | None = None  # [R, K] float32, log b
-    draw_ids: np.ndarray | None = None  # [R, m] int32, never in the head; duplicates are independent draws
-    draw_logp: np.ndarray | None = None  # [R, m] float32, log b over the *whole* vocabulary
+    draw_ids: np.ndarray | None = None  # [M] int32, never in the head, distinct within a position; position after position
+    draw_counts: np.ndarray | None = None  # [M] int32, how often each was drawn: m in sum for every position
+    draw_sizes: np.ndarray | None = None  # [R] int32, distinct draws of each position: M in sum
+    draw_logp: np.ndarray | None = None  # [M] float32, log b over the *whole* vocabulary
     segments: tuple[Segment, ...]  # at least one; the first starts at token 0
     finish_reason: str  # "stop" | "length"
 
@@ -76,9 +91,13 @@ class TeacherScores:
     index: int
     token_logp: np.ndarray | None = None  # [R] float32, log q(token)
     head_logp: np.ndarray | None = None  # [R, K] float32, log q at Rollout.head_ids
-    draw_logp: np.ndarray | None = None  # [R, m] float32, log q at Rollout.draw_ids
+    head_log_rest: np.ndarray | None = None  # [R] float32, log of the mass of q outside Rollout.head_ids
+    draw_logp: np.ndarray | None = None  # [M] float32, log q at Rollout.draw_ids
     top_ids: np.ndarray | None = None  # [R, K] int32, distinct, by falling q
     top_logp: np.ndarray | None = None  # [R, K] float32, log q
+    hidden: np.ndarray | None = None  # [R, D] last hidden states, behind the final norm: float32, or bfloat16 as the bits of uint16
+    entropy: np.ndarray | None = None  # [R] float32, nats
+    best_ids: np.ndarray | None = None  # [R] int32, the most probable id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +114,10 @@ class IdSet:
     """K ids per target with their cached log-probabilities."""
 
     ids: torch.Tensor  # [T, K] int64; 0 where `mask` of the micro-batch is False
+    counts: torch.Tensor | None = None  # [T, K] float32, of draws: how often each was drawn, 0 for filling; None: every id stands once
     behaviour_logp: torch.Tensor | None  # [T, K] float32, log b
     teacher_logp: torch.Tensor | None  # [T, K] float32, log q
+    teacher_log_rest: torch.Tensor | None = None  # [T] float32, log of the teacher's mass outside the ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +127,15 @@ class MicroBatch:
     token_ids: torch.Tensor  # [T] int64, inputs
     positions: torch.Tensor  # [T] int64, position inside its own sequence
     boundaries: torch.Tensor  # [N + 1] int32, first input of each sequence, then T
+    sequences: torch.Tensor  # [T] int64, number of the sequence that the target belongs to
     mask: torch.Tensor  # [T] bool, True where the target is a response token
-    lag_origin: torch.Tensor  # [T] int64, policy version that sampled the target; -1 where mask is False
     token: IdSet  # K = 1: the target itself
     head: IdSet | None = None
     draws: IdSet | None = None
     top: IdSet | None = None
+    teacher_hidden: torch.Tensor | None = None  # [T, D] in the teacher's dtype, [T, 0] if no response counts; 0 where mask is False
+    teacher_entropy: torch.Tensor | None = None  # [T] float32
+    teacher_best: torch.Tensor | None = None  # [T] int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +143,20 @@ class IdScores:
     """An `IdSet` seen by the current student."""
 
     ids: torch.Tensor  # [T, K] int64
+    counts: torch.Tensor | None = None  # [T, K] float
     student_logp: torch.Tensor  # [T, K] float, log p, differentiable
     behaviour_logp: torch.Tensor | None  # [T, K] float, log b
     teacher_logp: torch.Tensor | None  # [T, K] float, log q
+    student_log_rest: torch.Tensor | None = None  # [T] float, log of the student's mass outside the ids, differentiable
+    teacher_log_rest: torch.Tensor | None = None  # [T] float, the same of the teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseScores:
+    """Student and teacher compared over the whole vocabulary."""
+
+    divergence: torch.Tensor  # [T] float, what `Needs.divergence` names, differentiable
+    kl: torch.Tensor  # [T] float, KL(p || q), detached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +164,12 @@ class TokenScores:
     """All that an estimator sees. Tensor parallelism is gone; rows with mask False hold arbitrary finite numbers."""
 
     mask: torch.Tensor  # [T] bool
-    token: IdScores  # K = 1: the target itself
+    sequences: torch.Tensor  # [T] int64, number of the sequence: for what is weighed by whole responses
+    token: IdScores | None = None  # K = 1: the target itself; None if only a divergence over the vocabulary is asked for
     head: IdScores | None = None
     draws: IdScores | None = None
     top: IdScores | None = None
-    top_log_tail: torch.Tensor | None = None  # [T] float, log of the student mass outside top.ids, differentiable
+    dense: DenseScores | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +187,8 @@ class StepReport:
 
     version: int  # optimizer steps done, this one included
     loss: float  # nats per response token, over the global batch
-    diagnostics: dict[str, float]  # per-token means over the global batch
+    diagnostics: dict[str, float]  # per-token means over the global batch; quantiles of the ratio and its effective sample size
+    kl_by_position: dict[int, float]  # first response position of a bin, the bins being 0, 1, 2-3, 4-7, ... -> mean "kl"
     grad_norm: float  # before clipping
     learning_rate: float
     sequences: int

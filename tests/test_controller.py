@@ -19,6 +19,7 @@ from megatron_opd.teacher.scripted import ScriptedTeacher
 from megatron_opd.types import (
     Address,
     Done,
+    Export,
     Generate,
     HostTransport,
     JoinTransport,
@@ -38,7 +39,7 @@ class ScriptedLearner:
     """Counts what it is given; `fail_at` makes that step fail."""
 
     def __init__(self, fail_at=None):
-        self.trained, self.version, self.fail_at = [], 0, fail_at
+        self.trained, self.version, self.fail_at, self.exported = [], 0, fail_at, []
 
     async def answer(self, message):
         if isinstance(message, Train):
@@ -54,6 +55,7 @@ class ScriptedLearner:
             report = {
                 "loss": 0.0,
                 "diagnostics": {},
+                "kl_by_position": {},
                 "grad_norm": 0.0,
                 "learning_rate": 0.0,
                 "sequences": BATCH,
@@ -61,6 +63,8 @@ class ScriptedLearner:
                 "seconds": {},
             }
             return StepReport(version=self.version, lags=dict(lags), **report)
+        if isinstance(message, Export):
+            self.exported.append((self.version, message.path))
         return Address(host="nowhere", port=0) if isinstance(message, HostTransport) else Done()
 
 
@@ -108,13 +112,13 @@ def stragglers(index):
     return 60 if index % 7 == 0 else 1
 
 
-def play(tmp_path, max_lag, learner, length=stragglers, replicas=2):
+def play(tmp_path, max_lag, learner, length=stragglers, replicas=2, **loop):
     """A whole run; returns its summary."""
 
     async def run():
         base = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": "p"}, "run": {"peer_timeout_s": 20}}
-        loop = {"steps": STEPS, "batch": BATCH, "max_lag": max_lag}
-        config = configs.resolve(OmegaConf.create(base | {"loop": loop}))
+        settings = {"steps": STEPS, "batch": BATCH, "max_lag": max_lag, **loop}
+        config = configs.resolve(OmegaConf.create(base | {"loop": settings}))
         rpc.make_keys(tmp_path / "keys")
         record = Record(fields={}, prompt_ids=np.arange(3, dtype=np.int32), completion_ids=None)
         async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub, asyncio.TaskGroup() as roles:
@@ -127,10 +131,10 @@ def play(tmp_path, max_lag, learner, length=stragglers, replicas=2):
                 start("teacher", 0, teacher_answer(ScriptedTeacher(needs=NEEDS, vocab_size=VOCAB))),
             ]
             for replica in range(replicas):
-                settings = ScriptedSettings(
+                script = ScriptedSettings(
                     needs=NEEDS, vocab_size=VOCAB, max_response_tokens=64, end_id=0, seed=replica, token_s=0.001, length=length
                 )
-                tasks.append(start("rollout", replica, rollout_answer(ScriptedRollout(settings))))
+                tasks.append(start("rollout", replica, rollout_answer(ScriptedRollout(script))))
             peers = Roles(
                 learner=(await hub.peers("learner", 1, 10))[0],
                 rollouts=await hub.peers("rollout", replicas, 10),
@@ -160,6 +164,21 @@ def test_every_prompt_is_trained_once_in_order_within_the_bound(tmp_path, max_la
     assert summary.steps == STEPS and summary.tokens == STEPS and summary.hf_export == "export"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["version"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("max_lag", [1, 3])
+def test_an_exact_lag_is_the_lag_of_every_batch_but_the_first_ones(tmp_path, max_lag):
+    learner = ScriptedLearner()
+    play(tmp_path, max_lag, learner, exact_lag=True)
+    assert learner.trained == list(range(STEPS * BATCH))
+    lags = [json.loads(line)["lags"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [list(one) for one in lags] == [[str(min(step, max_lag))] for step in range(STEPS)]
+
+
+def test_the_student_is_exported_on_the_way(tmp_path):
+    learner = ScriptedLearner()
+    play(tmp_path, 1, learner, export_every=5)
+    assert learner.exported == [(5, "export-5"), (10, "export-10"), (12, "export")]
 
 
 def test_asynchrony_hides_stragglers(tmp_path):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "megatron_opd"
 FLOORS = [
     {"types", "errors"},
     {"config", "interfaces", "runtime"},
-    {"kernels", "estimators", "data", "store", "metrics"},
+    {"kernels", "estimators", "data", "store", "metrics", "guard"},
     {"weights"},
     {"model"},
     {"rollout", "teacher", "learner"},

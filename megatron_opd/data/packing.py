@@ -8,13 +8,14 @@ P - 1 + r. An empty response has no target and takes no place.
 Dimension key: P prompt tokens, R response tokens, K ids per position, T packed targets, N sequences of a micro-batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 
 import numpy as np
 import torch
 
+from megatron_opd.data.draws import spread
 from megatron_opd.errors import DataError
 from megatron_opd.types import IdSet, MicroBatch, Needs, Rollout, Trajectory
 
@@ -105,46 +106,72 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
     Raises:
         DataError: an array that `needs` asks for is missing or does not fit the response; a sequence has no prompt.
     """
-    shapes = _shapes(needs)
     for trajectory in trajectories:
-        _check(trajectory, shapes)
+        _check(trajectory, needs)
     rollouts = [trajectory.rollout for trajectory in trajectories]
     lengths = [num_inputs(rollout) for rollout in rollouts if num_inputs(rollout)]
     num_targets = max(-(-sum(lengths) // pad_multiple), 1) * pad_multiple
     extents = [*lengths, num_targets - sum(lengths)] if num_targets > sum(lengths) else lengths
     where = _targets(rollouts)
 
-    def lay(arrays: Sequence[np.ndarray], shape: tuple[int, ...], dtype: type, fill: int = 0) -> torch.Tensor:
-        """Response-aligned arrays at their targets, `fill` elsewhere."""
-        laid: np.ndarray = np.full((num_targets, *shape), fill, dtype)
-        laid[where] = np.concatenate([np.empty((0, *shape), dtype), *(array.reshape(-1, *shape) for array in arrays)])
+    def lay(arrays: Sequence[np.ndarray], dtype: type = np.float32, *, empty: tuple[int, ...] = ()) -> torch.Tensor:
+        """Response-aligned arrays at their targets, 0 elsewhere; of shape [T, *empty] if there are none."""
+        shape = arrays[0].shape[1:] if arrays else empty
+        laid: np.ndarray = np.zeros((num_targets, *shape), dtype)
+        laid[where] = np.concatenate([np.empty((0, *shape), dtype), *arrays])
         return torch.from_numpy(laid)
 
-    def lay_field(name: str) -> torch.Tensor | None:
-        if name not in shapes:
-            return None
-        width = shapes[name] or (1,)
-        return lay([attrgetter(name)(one) for one in trajectories], width, np.int64 if name.endswith("_ids") else np.float32)
+    def column(name: str) -> list[np.ndarray]:
+        """An array [R, ...] of each trajectory; the draws' columns are as many as the most distinct ones of any position."""
+        arrays = [attrgetter(name)(one) for one in trajectories]
+        if name not in _RAGGED:
+            return arrays
+        most = max((int(rollout.draw_sizes.max(initial=1)) for rollout in rollouts), default=1)
+        return [spread(array, rollout.draw_sizes, most) for array, rollout in zip(arrays, rollouts, strict=True)]
 
-    def lay_set(ids: str, behaviour: str, teacher: str) -> IdSet | None:
-        ids_TK = lay_field(ids)
-        return None if ids_TK is None else IdSet(ids=ids_TK, behaviour_logp=lay_field(behaviour), teacher_logp=lay_field(teacher))
+    def lay_set(name: str, *, behaviour: bool, teacher: bool) -> IdSet:
+        owner = "teacher" if name == "top" else "rollout"
+        return IdSet(
+            ids=lay(column(f"{owner}.{name}_ids"), np.int64, empty=(1,)),
+            counts=lay(column("rollout.draw_counts"), empty=(1,)) if name == "draw" else None,
+            behaviour_logp=lay(column(f"rollout.{name}_logp"), empty=(1,)) if behaviour else None,
+            teacher_logp=lay(column(f"teacher.{name}_logp"), empty=(1,)) if teacher else None,
+            teacher_log_rest=lay(column("teacher.head_log_rest")) if name == "head" and teacher else None,
+        )
 
-    token = lay_set("rollout.response_ids", "rollout.logp", "teacher.token_logp")
-    assert token is not None, "every response has its own tokens"
+    def lay_column(array: str, *, wanted: bool, dtype: type = np.float32) -> torch.Tensor | None:
+        return lay([attrgetter(array)(one)[:, None] for one in trajectories], dtype, empty=(1,)) if wanted else None
+
     token_ids = np.zeros(num_targets, np.int64)
     token_ids[: sum(lengths)] = np.concatenate([np.empty(0, np.int64), *(_inputs(rollout) for rollout in rollouts)])
+    response_ids = lay_column("rollout.response_ids", wanted=True, dtype=np.int64)
+    assert response_ids is not None, "every response has its own tokens"
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(np.concatenate([np.arange(extent) for extent in extents])),
         boundaries=torch.from_numpy(np.cumsum([0, *extents], dtype=np.int32)),
-        mask=lay([np.ones(len(rollout.response_ids), bool) for rollout in rollouts], (), bool),
-        lag_origin=lay([_versions(rollout) for rollout in rollouts], (), np.int64, fill=-1),
-        token=token,
-        head=lay_set("rollout.head_ids", "rollout.head_logp", "teacher.head_logp"),
-        draws=lay_set("rollout.draw_ids", "rollout.draw_logp", "teacher.draw_logp"),
-        top=lay_set("teacher.top_ids", "no behaviour", "teacher.top_logp"),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(extents)), extents)),
+        mask=lay([np.ones(len(rollout.response_ids), bool) for rollout in rollouts], bool),
+        token=IdSet(
+            ids=response_ids,
+            behaviour_logp=lay_column("rollout.logp", wanted=needs.behaviour_logp),
+            teacher_logp=lay_column("teacher.token_logp", wanted=needs.teacher_token),
+        ),
+        head=lay_set("head", behaviour=True, teacher=needs.teacher_head) if needs.head else None,
+        draws=lay_set("draw", behaviour=True, teacher=needs.teacher_draws) if needs.draws else None,
+        top=lay_set("top", behaviour=False, teacher=True) if needs.teacher_top else None,
+        teacher_hidden=_lay_hidden(trajectories, lay) if needs.divergence else None,
+        teacher_entropy=lay(column("teacher.entropy")) if needs.moments else None,
+        teacher_best=lay(column("teacher.best_ids"), np.int64) if needs.moments else None,
     )
+
+
+def _lay_hidden(trajectories: Sequence[Trajectory], lay: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Hidden states [T, D], or [T, 0] of no trajectories; bfloat16 travels as its bits, since numpy has no such type."""
+    arrays = [one.teacher.hidden for one in trajectories if one.teacher is not None and one.teacher.hidden is not None]
+    bits = bool(arrays) and arrays[0].dtype == np.uint16
+    laid = lay(arrays, np.uint16 if bits else np.float32, empty=(0,))
+    return laid.view(torch.bfloat16) if bits else laid
 
 
 def to_device(batch: MicroBatch, device: str) -> MicroBatch:
@@ -176,34 +203,38 @@ def _inputs(rollout: Rollout) -> np.ndarray:
     return np.concatenate([rollout.prompt_ids, rollout.response_ids])[: num_inputs(rollout)]
 
 
-def _versions(rollout: Rollout) -> np.ndarray:
-    """[R] policy version that sampled each response token."""
-    firsts = [segment.first_token for segment in rollout.segments]
-    versions = np.array([segment.version for segment in rollout.segments], np.int64)
-    return versions[np.searchsorted(firsts, np.arange(len(rollout.response_ids)), side="right") - 1]
-
-
 # -------------------------------------------------------------------------------------------------------------- checks
-def _shapes(needs: Needs) -> dict[str, tuple[int, ...]]:
-    """Shape behind R of every array that `needs` asks for."""
+_RAGGED = ("rollout.draw_ids", "rollout.draw_counts", "rollout.draw_logp", "teacher.draw_logp")
+_ANY = -1  # of a shape: any length
+
+
+def _shapes(needs: Needs, response: int, distinct: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every array that `needs` asks for, beside a response of that many tokens with that many distinct draws."""
     asked = {
-        "rollout.response_ids": (True, ()),
-        "rollout.logp": (needs.behaviour_logp, ()),
-        "rollout.head_ids": (needs.head, (needs.head,)),
-        "rollout.head_logp": (needs.head, (needs.head,)),
-        "rollout.draw_ids": (needs.tail_draws, (needs.tail_draws,)),
-        "rollout.draw_logp": (needs.tail_draws, (needs.tail_draws,)),
-        "teacher.token_logp": (needs.teacher_token, ()),
-        "teacher.head_logp": (needs.teacher_head, (needs.head,)),
-        "teacher.draw_logp": (needs.teacher_draws, (needs.tail_draws,)),
-        "teacher.top_ids": (needs.teacher_top, (needs.teacher_top,)),
-        "teacher.top_logp": (needs.teacher_top, (needs.teacher_top,)),
+        "rollout.response_ids": (True, (response,)),
+        "rollout.logp": (needs.behaviour_logp, (response,)),
+        "rollout.head_ids": (needs.head, (response, needs.head)),
+        "rollout.head_logp": (needs.head, (response, needs.head)),
+        "rollout.draw_ids": (needs.draws, (distinct,)),
+        "rollout.draw_counts": (needs.draws, (distinct,)),
+        "rollout.draw_logp": (needs.draws, (distinct,)),
+        "rollout.draw_sizes": (needs.draws, (response,)),
+        "teacher.token_logp": (needs.teacher_token, (response,)),
+        "teacher.head_logp": (needs.teacher_head, (response, needs.head)),
+        "teacher.head_log_rest": (needs.teacher_head, (response,)),
+        "teacher.draw_logp": (needs.teacher_draws, (distinct,)),
+        "teacher.top_ids": (needs.teacher_top, (response, needs.teacher_top)),
+        "teacher.top_logp": (needs.teacher_top, (response, needs.teacher_top)),
+        "teacher.hidden": (needs.divergence is not None, (response, _ANY)),
+        "teacher.entropy": (needs.moments, (response,)),
+        "teacher.best_ids": (needs.moments, (response,)),
     }
     return {name: shape for name, (wanted, shape) in asked.items() if wanted}
 
 
-def _check(trajectory: Trajectory, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check(trajectory: Trajectory, needs: Needs) -> None:
     rollout, teacher = trajectory.rollout, trajectory.teacher
+    response, sizes = len(rollout.response_ids), rollout.draw_sizes
     if not len(rollout.prompt_ids):
         raise DataError(f"prompt {rollout.index} has no tokens, so nothing predicts its first response token; give it at least one")
     firsts = [segment.first_token for segment in rollout.segments]
@@ -211,10 +242,11 @@ def _check(trajectory: Trajectory, shapes: dict[str, tuple[int, ...]]) -> None:
         raise DataError(f"rollout {rollout.index}: segments start at tokens {firsts}; wanted rising offsets from 0")
     if teacher is not None and teacher.index != rollout.index:
         raise DataError(f"rollout {rollout.index} came with the teacher scores of rollout {teacher.index}")
-    for name, shape in shapes.items():
+    for name, wanted in _shapes(needs, response, 0 if sizes is None else int(sizes.sum())).items():
         owner, field = name.split(".")
         array = getattr(getattr(trajectory, owner), field, None)
-        wanted = (len(rollout.response_ids), *shape)
         got = None if array is None else array.shape
-        if got != wanted:
+        if got is None or len(got) != len(wanted) or any(one not in (_ANY, other) for one, other in zip(wanted, got)):
             raise DataError(f"rollout {rollout.index}: {name} has shape {got}, wanted {wanted}; check what its maker was told to compute")
+    if needs.draws and rollout.draw_counts is not None and rollout.draw_counts.sum() != needs.draws * response:
+        raise DataError(f"rollout {rollout.index}: {rollout.draw_counts.sum()} draws at {response} positions, wanted {needs.draws} at each")

@@ -13,16 +13,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_opd.errors import ConfigError
+from megatron_opd.estimators.dense_kl import DenseKL
 from megatron_opd.estimators.forward_kl_topk import ForwardKLTopK
+from megatron_opd.estimators.forward_kl_truncated import ForwardKLTruncated
 from megatron_opd.estimators.head_tail_reverse_kl import HeadTailReverseKL
+from megatron_opd.estimators.reverse_kl_topk import ReverseKLTopK
 from megatron_opd.estimators.sampled_reverse_kl import SampledReverseKL
 from megatron_opd.estimators.sft import SFT
 from megatron_opd.interfaces import Estimator
 from megatron_opd.runtime.imports import load_object
 
 REGISTRY: dict[str, type] = {
+    "dense_kl": DenseKL,
     "forward_kl_topk": ForwardKLTopK,
+    "forward_kl_truncated": ForwardKLTruncated,
     "head_tail_reverse_kl": HeadTailReverseKL,
+    "reverse_kl_topk": ReverseKLTopK,
     "sampled_reverse_kl": SampledReverseKL,
     "sft": SFT,
 }

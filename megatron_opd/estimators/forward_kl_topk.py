@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from megatron_opd.errors import ConfigError
-from megatron_opd.estimators.importance import ratio_diagnostic
 from megatron_opd.estimators.rest import rest_mass
 from megatron_opd.types import Estimate, Needs, TokenScores
 
@@ -36,9 +35,11 @@ class ForwardKLTopK:
 
     def __call__(self, scores: TokenScores) -> Estimate:
         """The coarse-grained KL(q || p) of each target."""
-        assert scores.top is not None and scores.top.teacher_logp is not None and scores.top_log_tail is not None, "needs ask for it"
-        logq_TK = torch.where(scores.mask[:, None], scores.top.teacher_logp, 0.0)
+        top = scores.top
+        assert top is not None and top.teacher_logp is not None and top.student_log_rest is not None, "needs ask for it"
+        logq_TK = torch.where(scores.mask[:, None], top.teacher_logp, 0.0)
         q_rest_T, logq_rest_T = rest_mass(logq_TK)
-        known_T = (logq_TK.exp() * (logq_TK - scores.top.student_logp)).sum(-1)
-        loss_T = known_T + q_rest_T * (logq_rest_T - scores.top_log_tail)
-        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), **ratio_diagnostic(scores)})
+        known_T = (logq_TK.exp() * (logq_TK - top.student_logp)).sum(-1)
+        loss_T = known_T + q_rest_T * (logq_rest_T - top.student_log_rest)
+        masses = {"support_mass": -torch.expm1(top.student_log_rest.detach().clamp_max(0)), "tail_mass": q_rest_T}
+        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), **masses})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_opd.errors import ConfigError
-from megatron_opd.estimators.importance import ratio, ratio_diagnostic
+from megatron_opd.estimators.importance import log_ratio, shares
 from megatron_opd.estimators.rest import rest_mass
 from megatron_opd.types import Estimate, Needs, TokenScores
 
@@ -24,17 +24,17 @@ class HeadTailReverseKL:
     """
 
     head: int = 16
-    tail_draws: int = 16  # as many as head ids is near the least variance at equal cache
+    draws: int = 16  # from the tail; as many as head ids is near the least variance at equal cache
 
     def __post_init__(self) -> None:
-        for name in ("head", "tail_draws"):
+        for name in ("head", "draws"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"head_tail_reverse_kl: {name}={getattr(self, name)} must be at least 1")
 
     @property
     def needs(self) -> Needs:
-        """Head and tail draws of b with log q at both; log b of the generated token only to report its ratio."""
-        return Needs(behaviour_logp=True, head=self.head, tail_draws=self.tail_draws, teacher_head=True, teacher_draws=True)
+        """Head and tail draws of b with log q at both; log b of the generated token only to report how far p is from it."""
+        return Needs(behaviour_logp=True, head=self.head, draws=self.draws, teacher_head=True, teacher_draws=True)
 
     def __call__(self, scores: TokenScores) -> Estimate:
         """The surrogate of each target."""
@@ -44,8 +44,8 @@ class HeadTailReverseKL:
         tail_mass_T, _ = rest_mass(head.behaviour_logp)
         p_TK = torch.where(scores.mask[:, None], head.student_logp, 0.0).exp()
         head_T = -(p_TK * (head.teacher_logp - head.student_logp.detach())).sum(-1)
-        ratio_Tm = ratio(draws, scores.mask & (tail_mass_T > 0))
-        tail_T = -tail_mass_T * (ratio_Tm * (draws.teacher_logp - draws.student_logp.detach())).mean(-1)
+        ratio_Tm = log_ratio(draws, scores.mask & (tail_mass_T > 0)).exp()
+        tail_T = -tail_mass_T * (shares(draws, self.draws) * ratio_Tm * (draws.teacher_logp - draws.student_logp.detach())).sum(-1)
         loss_T = head_T + tail_T
-        masses = {"head_mass": p_TK.detach().sum(-1), "tail_mass": tail_mass_T}
-        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), **masses, **ratio_diagnostic(scores)})
+        masses = {"support_mass": p_TK.detach().sum(-1), "tail_mass": tail_mass_T}
+        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), **masses})

@@ -9,7 +9,7 @@ v vocabulary rows of this rank.
 import torch
 import torch.distributed as dist
 
-from megatron_opd.kernels.logits import LOG_ZERO, add_up, chunks, gather_tokens, log_sum_parts, logits, rescale, true_rows, wide
+from megatron_opd.kernels.logits import LOG_ZERO, add_up, chunks, gather_tokens, largest, log_sum_parts, logits, true_rows, wide
 from megatron_opd.types import VocabShard
 
 
@@ -38,8 +38,8 @@ def top_k(
         local_Ck = _largest(z_Cv, num_local)
         ids_TK[c, :num_local], z_TK[c, :num_local] = local_Ck + shard.start, z_Cv.gather(1, local_Ck)
         max_T[c], sum_T[c] = log_sum_parts(z_Cv)
-    max_T, sum_T = rescale(max_T, sum_T, shard)
-    norm_T = max_T + add_up(sum_T, shard).log()
+    max_all_T = largest(max_T, shard)
+    norm_T = max_all_T + add_up(sum_T * (max_T - max_all_T).exp(), shard).log()
     z_TK, order_TK = _side_by_side(z_TK, shard).sort(dim=-1, descending=True, stable=True)  # equal ones stay by rank and row: by id
     ids_TK = _side_by_side(ids_TK, shard).gather(1, order_TK)
     return ids_TK[:, :k].contiguous(), z_TK[:, :k] - norm_T[:, None]

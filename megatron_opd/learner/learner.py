@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -21,14 +21,14 @@ from megatron_opd.config import LearnerConfig
 from megatron_opd.data.packing import pack, plan, to_device
 from megatron_opd.errors import DataError, OPDError
 from megatron_opd.interfaces import Estimator
-from megatron_opd.learner import optimizer
-from megatron_opd.learner.scores import score
+from megatron_opd.learner import diagnostics, optimizer
+from megatron_opd.learner.scores import Heads, score
 from megatron_opd.model import parallel
 from megatron_opd.model.build import build, head_weight
-from megatron_opd.model.convert import export_hf, load_hf
+from megatron_opd.model.convert import export_hf, load_head, load_hf
 from megatron_opd.model.forward import forward_hidden
 from megatron_opd.runtime.collective import Ranks
-from megatron_opd.types import MicroBatch, Needs, StepReport, TensorSpec, TokenScores, Trajectory, VocabShard
+from megatron_opd.types import MicroBatch, StepReport, TensorSpec, Trajectory, VocabShard
 from megatron_opd.weights.mapping import hf_manifest
 
 
@@ -41,6 +41,17 @@ class StudentModel:
     steps: int  # optimizer steps of the whole run
     seed: int
     device: str  # "cpu" | "cuda"
+    teacher: "TeacherHead | None" = None  # read only if the estimator compares whole distributions
+    teacher_moments: bool = False  # trajectories carry entropy and arg-max of the teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherHead:
+    """Where the teacher's LM head is, which turns its hidden states into q."""
+
+    path: str  # Hugging Face folder
+    hf_config: PretrainedConfig
+    dtype: str
 
 
 class Learner:
@@ -67,7 +78,11 @@ class Learner:
         self._optimizer, self._schedule = optimizer.build(settings.optimizer, self._model, dtype=self._dtype, steps=student.steps)
         self._module.config.grad_scale_func = self._optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
-        self._shard = parallel.vocab_shard(student.hf_config.vocab_size, self._parallel)
+        self._needs = replace(estimator.needs, moments=student.teacher_moments)
+        shard = parallel.vocab_shard(student.hf_config.vocab_size, self._parallel)
+        teacher = self._teacher_head(student, shard) if estimator.needs.divergence and self._module.post_process else None
+        self._heads = Heads(student=head_weight(self._module), teacher=teacher, shard=shard) if self._module.post_process else None
+        self._vocab_size = student.hf_config.vocab_size
         self.version = 0
 
     def train(self, trajectories: Sequence[Trajectory]) -> StepReport:
@@ -82,7 +97,7 @@ class Learner:
         sums = self._gradients(micro_batches)
         computed = time.monotonic()
         tokens = sum(len(t.rollout.response_ids) for t in trajectories)
-        means = {name: total / max(tokens, 1) for name, total in self._over_all_ranks(sums).items()}
+        means, kl_by_position = diagnostics.report(self._over_all_ranks(sums), tokens)
         if not math.isfinite(means["loss"]):
             raise OPDError(f"step {self.version + 1}: the loss is {means['loss']}; lower learner.optimizer.lr or check the teacher")
         self._schedule.step(increment=1)
@@ -95,6 +110,7 @@ class Learner:
             version=self.version,
             loss=means.pop("loss"),
             diagnostics=means,
+            kl_by_position=kl_by_position,
             grad_norm=float(grad_norm),
             learning_rate=self._optimizer.param_groups[0]["lr"],
             sequences=len(trajectories),
@@ -116,7 +132,7 @@ class Learner:
         shares = plan(lengths, ranks=self._settings.data_parallel, micro_batch_tokens=self._settings.micro_batch_tokens)
         multiple = self._settings.tensor_parallel if self._settings.sequence_parallel else 1
         mine = shares[parallel.place().data]
-        batches = [pack([trajectories[i] for i in indices], self._estimator.needs, pad_multiple=multiple) for indices in mine]
+        batches = [pack([trajectories[i] for i in indices], self._needs, pad_multiple=multiple) for indices in mine]
         for batch in batches:
             self._check_ids(batch)
         return [to_device(batch, self._device) for batch in batches]
@@ -124,15 +140,15 @@ class Learner:
     def _check_ids(self, batch: MicroBatch) -> None:
         """An id that no shard of the head holds would be scored as logit 0."""
         for ids in (batch.token_ids, *(one.ids for one in (batch.token, batch.head, batch.draws, batch.top) if one is not None)):
-            if ids.max() >= self._shard.vocab_size or ids.min() < 0:
-                raise DataError(f"ids from {int(ids.min())} to {int(ids.max())} in a batch for a vocabulary of {self._shard.vocab_size}")
+            if ids.max() >= self._vocab_size or ids.min() < 0:
+                raise DataError(f"ids from {int(ids.min())} to {int(ids.max())} in a batch for a vocabulary of {self._vocab_size}")
 
-    def _gradients(self, micro_batches: list[MicroBatch]) -> Counter[str]:
+    def _gradients(self, micro_batches: list[MicroBatch]) -> diagnostics.Sums:
         """Forward and backward over all micro-batches; gradients end up summed over ranks and divided by the token count."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         stats = self._forward_backward(
-            forward_step_func=partial(self._forward, seen_by=self._estimator.needs),
+            forward_step_func=self._forward,
             data_iterator=iter(micro_batches),
             model=[self._model],
             num_microbatches=len(micro_batches),
@@ -140,33 +156,35 @@ class Learner:
             micro_batch_size=1,
             forward_only=False,
         )
-        sums: Counter[str] = Counter()
+        sums: diagnostics.Sums = {}
         for one in stats:
-            sums.update({name: float(value) for name, value in one.items()})
+            diagnostics.add(sums, {name: value.tolist() for name, value in one.items()})
         return sums
 
-    def _forward(self, batches: Iterator[MicroBatch], model: torch.nn.Module, *, seen_by: Needs) -> tuple[torch.Tensor, partial]:
+    def _forward(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
         batch = next(batches)
-        return forward_hidden(model, batch), partial(self._loss, batch=batch, needs=seen_by, shard=self._shard)
+        return forward_hidden(model, batch), partial(self._loss, batch=batch)
 
-    def _loss(
-        self, hidden: torch.Tensor, *, batch: MicroBatch, needs: Needs, shard: VocabShard
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, hidden: torch.Tensor, *, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """(sum over tokens, token count, sums to report): Megatron's protocol for a loss with a global denominator."""
-        scores = score(hidden.squeeze(1), head_weight(self._module), batch, needs, shard, chunk_tokens=self._settings.logps_chunk_tokens)
+        assert self._heads is not None, "Megatron calls the loss on the last pipeline stage only"
+        rows, moments = self._settings.logps_chunk_tokens, self._settings.moments
+        scores, seen = score(hidden.squeeze(1), self._heads, batch, self._needs, chunk_tokens=rows, moments=moments)
         estimate = self._estimator(scores)
         loss = torch.where(batch.mask, estimate.loss, 0.0).sum()
-        per_token = {"loss": estimate.loss.detach(), **estimate.diagnostics, **_mismatch(scores)}
-        report = {name: torch.where(batch.mask, value, 0.0).sum() for name, value in per_token.items()}
-        return loss, batch.mask.sum().int(), report
+        return loss, batch.mask.sum().int(), diagnostics.sums(batch, scores, estimate, seen)
 
-    def _over_all_ranks(self, sums: Counter[str]) -> Counter[str]:
+    def _over_all_ranks(self, sums: diagnostics.Sums) -> diagnostics.Sums:
         """Sums over data-parallel ranks of the last stage, on every rank."""
         speaks = self._module.post_process and parallel.place().tensor == 0
-        total: Counter[str] = Counter()
-        for part in self._ranks.gather(msgspec.msgpack.encode(dict(sums)) if speaks else b"\x80"):
-            total.update(msgspec.msgpack.decode(part, type=dict[str, float]))
+        total: diagnostics.Sums = {}
+        for part in self._ranks.gather(msgspec.msgpack.encode(sums if speaks else {})):
+            diagnostics.add(total, msgspec.msgpack.decode(part, type=diagnostics.Sums))
         return total
+
+    def _teacher_head(self, student: StudentModel, shard: VocabShard) -> torch.Tensor:
+        assert student.teacher is not None, "the estimator compares whole distributions, so the learner needs the teacher's LM head"
+        return load_head(student.teacher.path, student.teacher.hf_config, shard, student.teacher.dtype).to(self._device)
 
     def _lags(self, trajectories: Sequence[Trajectory]) -> Counter[int]:
         lags: Counter[int] = Counter()
@@ -175,10 +193,3 @@ class Learner:
             for segment, end in zip(t.rollout.segments, ends, strict=True):
                 lags[self.version - segment.version] += end - segment.first_token
         return lags
-
-
-def _mismatch(scores: TokenScores) -> dict[str, torch.Tensor]:
-    """|log p - log b| of the generated token: what lag and different numerics of engine and learner come to."""
-    if scores.token.behaviour_logp is None:
-        return {}
-    return {"mismatch": (scores.token.student_logp.detach() - scores.token.behaviour_logp).abs()[:, 0]}

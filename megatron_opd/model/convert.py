@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_opd.model.build import gpt_of
 from megatron_opd.model.parallel import ParallelConfig, place
+from megatron_opd.types import VocabShard
 from megatron_opd.weights.architectures import architecture
 from megatron_opd.weights.files import SafetensorsFolder
 from megatron_opd.weights.mapping import Rule, by_megatron_name, hf_manifest, rules, to_hf, to_megatron
@@ -34,6 +35,20 @@ def load_hf(model: nn.Module, folder: str | Path, hf_config: Any, parallel: Para
             assert shard.shape == parameter.shape, f"{name} is {tuple(parameter.shape)} in the model and {tuple(shard.shape)} by its rule"
             with torch.no_grad():
                 parameter.copy_(shard)
+
+
+def load_head(folder: str | Path, hf_config: Any, shard: VocabShard, dtype: str) -> Tensor:
+    """[stop - start, D]: a foreign model's LM head at this rank's vocabulary range; rows that it lacks are 0.
+
+    Raises:
+        CheckpointError: the folder's tensors are not those that `hf_config` describes.
+    """
+    with SafetensorsFolder(folder) as files:
+        files.check(hf_manifest(hf_config, "float32"))
+        rows = files.get("model.embed_tokens.weight" if architecture(hf_config).tied else "lm_head.weight")[shard.start : shard.stop]
+    head = rows.new_zeros(shard.stop - shard.start, rows.shape[1], dtype=getattr(torch, dtype))
+    head[: len(rows)] = rows
+    return head
 
 
 def export_hf(model: nn.Module, hf_config: Any, parallel: ParallelConfig, dtype: str) -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from megatron_opd.config import RolloutConfig
+from megatron_opd.data.draws import merge
 from megatron_opd.errors import ConfigError, OPDError, PeerError, WeightSyncError
 from megatron_opd.rollout import draws, worker
 from megatron_opd.runtime.environment import check_packages
@@ -45,13 +46,13 @@ class EngineSettings:
     timeout_s: float = 120.0  # of any single answer from engine or transport
 
     def __post_init__(self) -> None:
-        if self.needs.head + self.needs.tail_draws > 0 and self.rollout.top_p < 1:
+        if self.needs.head + self.needs.draws > 0 and self.rollout.top_p < 1:
             raise ConfigError(
                 f"rollout.top_p={self.rollout.top_p} cuts the distribution that head and tail draws are taken from; "
                 "set rollout.top_p=1 or use an estimator that needs neither"
             )
         vocabulary = json.loads((Path(self.path) / "config.json").read_text())["vocab_size"]
-        if self.needs.head + (self.needs.tail_draws > 0) > vocabulary:
+        if self.needs.head + (self.needs.draws > 0) > vocabulary:
             raise ConfigError(
                 f"a head of {self.needs.head} ids leaves no tail to draw from in a vocabulary of {vocabulary}; use a smaller head"
             )
@@ -84,7 +85,7 @@ class VLLMRollout:
         self._engine = engine
         self._name = f"rollout engine (pid {pid})"
         self._end_ids = list(end_ids(settings.path))
-        self._width = settings.needs.head + settings.needs.tail_draws
+        self._width = settings.needs.head + settings.needs.draws
         self._numbers = count()
         self._running: set[asyncio.Task] = set()
         self._finished: dict[str, tuple[int, asyncio.Future]] = {}  # key -> length; draws not asked for yet
@@ -200,7 +201,7 @@ class VLLMRollout:
             top_p=rollout.top_p,
             max_tokens=rollout.max_response_tokens,
             stop_token_ids=self._end_ids,
-            logprobs=0 if needs.behaviour_logp or needs.tail_draws else None,
+            logprobs=0 if needs.behaviour_logp or needs.draws else None,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -210,6 +211,7 @@ class VLLMRollout:
     def _rollout(self, prompt: Prompt, completion: CompletionOutput, recorded: tuple[np.ndarray, np.ndarray] | None) -> Rollout:
         head, needs = self._settings.needs.head, self._settings.needs
         ids, logp = recorded if recorded is not None else (None, None)
+        drawn = merge(ids[:, head:], logp[:, head:]) if needs.draws else (None, None, None, None)
         return Rollout(
             index=prompt.index,
             prompt_ids=prompt.token_ids,
@@ -217,8 +219,10 @@ class VLLMRollout:
             logp=None if completion.logprobs is None else np.asarray(completion.logprobs.logprobs, dtype=np.float32),
             head_ids=ids[:, :head] if head else None,
             head_logp=logp[:, :head] if head else None,
-            draw_ids=ids[:, head:] if needs.tail_draws else None,
-            draw_logp=logp[:, head:] if needs.tail_draws else None,
+            draw_ids=drawn[0],
+            draw_counts=drawn[1],
+            draw_sizes=drawn[2],
+            draw_logp=drawn[3],
             segments=tuple(Segment(first_token=s.start, version=int(s.version)) for s in completion.weight_versions if s.end > s.start),
             finish_reason=completion.finish_reason,
         )
@@ -260,8 +264,8 @@ class VLLMRollout:
 
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     rollout, needs = settings.rollout, settings.needs
-    recorder = {"head": needs.head, "draws": needs.tail_draws}
-    recording = needs.head + needs.tail_draws > 0
+    recorder = {"head": needs.head, "draws": needs.draws}
+    recording = needs.head + needs.draws > 0
     return AsyncEngineArgs(
         model=settings.path,
         skip_tokenizer_init=True,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_opd.data.draws import merge
 from megatron_opd.errors import PeerError
 from megatron_opd.types import JoinTransport, Needs, Prompt, Rollout, Segment
 from megatron_opd.weights.transport import BroadcastReceiver
@@ -57,10 +58,11 @@ class ScriptedRollout:
             ids[-1] = settings.end_id
         segments = await self._emit(length, prompt.index)
         head_V = np.argsort(-self._logp_V, kind="stable").astype(np.int32)
-        head, draws = settings.needs.head, settings.needs.tail_draws
+        head, draws = settings.needs.head, settings.needs.draws
         head_ids = np.tile(head_V[:head], (length, 1))
         tail = np.exp(self._logp_V[head_V[head:]])
-        draw_ids = random.choice(head_V[head:], size=(length, draws), p=tail / tail.sum()) if draws else None
+        draw_ids = random.choice(head_V[head:], size=(length, draws), p=tail / tail.sum())
+        drawn = merge(draw_ids, self._logp(draw_ids)) if draws else (None, None, None, None)
         return Rollout(
             index=prompt.index,
             prompt_ids=prompt.token_ids,
@@ -68,8 +70,10 @@ class ScriptedRollout:
             logp=self._logp(ids) if settings.needs.behaviour_logp or draws else None,
             head_ids=head_ids if head else None,
             head_logp=self._logp(head_ids) if head else None,
-            draw_ids=draw_ids,
-            draw_logp=None if draw_ids is None else self._logp(draw_ids),
+            draw_ids=drawn[0],
+            draw_counts=drawn[1],
+            draw_sizes=drawn[2],
+            draw_logp=drawn[3],
             segments=segments,
             finish_reason="stop" if stopped else "length",
         )

@@ -71,7 +71,7 @@ class Hub:
     """The controller's socket. Use as an async context manager; its reader task wakes the callers."""
 
     def __init__(self, keys: Path, host: str, port: int) -> None:
-        context = zmq.asyncio.Context.instance()
+        context = zmq.asyncio.Context()  # its own: a context has one place for an authenticator, and closing one takes a while
         self._authenticator = AsyncioAuthenticator(context)
         self._keys, self._host = keys, host
         self._socket = context.socket(zmq.ROUTER)

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_opd import types
 from megatron_opd.errors import WireError
 
-_DTYPES = {"i4": np.int32, "i8": np.int64, "f4": np.float32, "f8": np.float64, "u1": np.uint8}
+_DTYPES = {"i4": np.int32, "i8": np.int64, "f4": np.float32, "f8": np.float64, "u1": np.uint8, "u2": np.uint16}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _MESSAGES = {
     message.__name__: message

@@ -12,7 +12,7 @@ from megatron_opd.types import Trajectory
 
 
 class TrajectoryStore:
-    """`admit` waits for a free slot, `take` for a complete batch; `release` wakes the first, `put` the second."""
+    """`admit` waits for a free slot, `take` and `finished` for trajectories; `release` wakes the first, `put` the others."""
 
     def __init__(self, *, batch: int, max_lag: int) -> None:
         self._batch = batch
@@ -46,6 +46,11 @@ class TrajectoryStore:
             await self._changed.wait_for(lambda: all(index in self._finished for index in wanted))
             self._taken += self._batch
             return tuple(self._finished.pop(index) for index in wanted)
+
+    async def finished(self, end: int) -> None:
+        """Waits until every prompt before index `end` has finished; they must have been admitted, or be about to be."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._taken + len(self._finished) >= end)
 
     async def release(self, version: int) -> None:
         """Frees the slots that led to `version`, which every rollout replica now samples from."""

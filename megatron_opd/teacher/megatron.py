@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import PretrainedConfig
 
 from megatron_opd.config import TeacherConfig
+from megatron_opd.data.draws import filled
 from megatron_opd.data.packing import pack, plan, to_device, unpack
 from megatron_opd.kernels import logps, top_k
 from megatron_opd.model import parallel
@@ -57,9 +58,7 @@ class MegatronTeacher:
         trajectories = [Trajectory(rollout=rollout, teacher=None) for rollout in rollouts]
         lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
         (groups,) = plan(lengths, ranks=1, micro_batch_tokens=self._settings.batch_tokens)
-        batches = [
-            pack([trajectories[i] for i in group], Needs(head=self._needs.head, tail_draws=self._needs.tail_draws)) for group in groups
-        ]
+        batches = [pack([trajectories[i] for i in group], Needs(head=self._needs.head, draws=self._needs.draws)) for group in groups]
         with torch.no_grad():
             columns = self._forward_only(
                 forward_step_func=self._forward,
@@ -82,23 +81,46 @@ class MegatronTeacher:
 
     def _score(self, hidden: torch.Tensor, *, batch: MicroBatch, non_loss_data: bool) -> dict[str, np.ndarray]:
         """All that the needs ask for, at the response targets in packed order."""
-        hidden_nD, head = hidden.squeeze(1)[batch.mask], head_weight(self._model)
-        sets = {"token_logp": (self._needs.teacher_token, batch.token), "head_logp": (self._needs.teacher_head, batch.head)}
-        sets["draw_logp"] = (self._needs.teacher_draws, batch.draws)
-        asked = {name: one.ids[batch.mask] for name, (wanted, one) in sets.items() if wanted}
-        found: dict[str, torch.Tensor] = {}
-        if asked:
-            logp_nK, _ = logps(hidden_nD, head, torch.cat(list(asked.values()), 1), self._shard, chunk_tokens=_CHUNK_TOKENS)
-            found |= dict(zip(asked, logp_nK.float().split([ids.shape[1] for ids in asked.values()], 1), strict=True))
-        if self._needs.teacher_top:
-            ids_nK, logp_nK = top_k(hidden_nD, head, self._needs.teacher_top, self._shard, chunk_tokens=_CHUNK_TOKENS)
+        hidden_nD, needs = hidden.squeeze(1)[batch.mask], self._needs
+        found = self._at_ids(hidden_nD, batch)
+        if needs.teacher_top:
+            ids_nK, logp_nK = top_k(hidden_nD, head_weight(self._model), needs.teacher_top, self._shard, chunk_tokens=_CHUNK_TOKENS)
             found |= {"top_ids": ids_nK.int(), "top_logp": logp_nK.float()}
-        return {name: array.cpu().numpy() for name, array in found.items()}
+        arrays = {name: array.cpu().numpy() for name, array in found.items()}
+        if needs.divergence:
+            hidden_nD = hidden_nD.cpu()
+            arrays["hidden"] = (hidden_nD.view(torch.uint16) if hidden_nD.dtype == torch.bfloat16 else hidden_nD).numpy()
+        return arrays
+
+    def _at_ids(self, hidden_nD: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Log-probabilities at given ids, and moments, by one call of the kernel door."""
+        needs = self._needs
+        sets = {"token_logp": (needs.teacher_token, batch.token), "head_logp": (needs.teacher_head, batch.head)}
+        sets["draw_logp"] = (needs.teacher_draws, batch.draws)
+        asked = {name: one.ids[batch.mask] for name, (wanted, one) in sets.items() if wanted and one is not None}
+        if not asked and not needs.moments:
+            return {}
+        ids_nK = torch.cat([batch.token.ids[batch.mask][:, :0], *asked.values()], 1)
+        first = 1 if needs.teacher_token else 0
+        rests = [slice(first, first + needs.head)] if needs.teacher_head else []
+        found = logps(
+            hidden_nD, head_weight(self._model), ids_nK, self._shard, rests=rests, moments=needs.moments, chunk_tokens=_CHUNK_TOKENS
+        )
+        scores = dict(zip(asked, found.logp.float().split([ids.shape[1] for ids in asked.values()], 1), strict=True))
+        if needs.teacher_head:
+            scores["head_log_rest"] = found.log_rest[:, 0].float()
+        if needs.moments:
+            assert found.entropy is not None and found.best is not None, "asked for"
+            scores |= {"entropy": found.entropy.float(), "best_ids": found.best.int()}
+        return scores
 
     def _unpack(self, trajectories: Sequence[Trajectory], arrays: Mapping[str, np.ndarray]) -> list[TeacherScores]:
         responses = {name: unpack(packed, trajectories) for name, packed in arrays.items()}
         if "token_logp" in responses:
             responses["token_logp"] = [one[:, 0] for one in responses["token_logp"]]
+        if "draw_logp" in responses:
+            drawn = zip(responses["draw_logp"], [one.rollout.draw_sizes for one in trajectories], strict=True)
+            responses["draw_logp"] = [one[filled(sizes, one.shape[1])] for one, sizes in drawn]
         return [
             TeacherScores(index=trajectory.rollout.index, **{name: parts[i] for name, parts in responses.items()})
             for i, trajectory in enumerate(trajectories)

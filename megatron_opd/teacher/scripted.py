@@ -30,7 +30,16 @@ class ScriptedTeacher:
             index=rollout.index,
             token_logp=self._logp_V[rollout.response_ids] if needs.teacher_token else None,
             head_logp=self._logp_V[rollout.head_ids] if needs.teacher_head else None,
+            head_log_rest=self._log_rest(rollout.head_ids) if needs.teacher_head else None,
             draw_logp=self._logp_V[rollout.draw_ids] if needs.teacher_draws else None,
             top_ids=top_ids if needs.teacher_top else None,
             top_logp=self._logp_V[top_ids] if needs.teacher_top else None,
+            entropy=np.full(len(rollout.response_ids), -np.sum(np.exp(self._logp_V) * self._logp_V), np.float32) if needs.moments else None,
+            best_ids=np.full(len(rollout.response_ids), self._order_V[0]) if needs.moments else None,
         )
+
+    def _log_rest(self, ids_RK: np.ndarray) -> np.ndarray:
+        """Log of the mass outside the ids of each position."""
+        outside_RV = np.ones((len(ids_RK), len(self._logp_V)), bool)
+        np.put_along_axis(outside_RV, ids_RK, False, 1)
+        return np.log((np.exp(self._logp_V) * outside_RV).sum(1)).astype(np.float32)

@@ -23,10 +23,10 @@ class VLLMTeacher:
         Raises:
             ConfigError: `needs` asks for ids that vLLM cannot look up.
         """
-        unserved = [name for name in ("teacher_head", "teacher_draws") if getattr(needs, name)]
+        unserved = [name for name in ("teacher_head", "teacher_draws", "divergence", "moments") if getattr(needs, name)]
         if unserved:
             raise ConfigError(
-                f"teacher.backend=vllm cannot score given ids, but the estimator needs {' and '.join(unserved)}; "
+                f"teacher.backend=vllm knows log-probabilities of the token and its top K, but {' and '.join(unserved)} is asked for; "
                 "set teacher.backend=megatron"
             )
         check_packages()

@@ -6,11 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_opd.data.draws import merge, spread
 from megatron_opd.data.packing import num_inputs, pack, plan, unpack
 from megatron_opd.errors import DataError
-from megatron_opd.types import Needs, Rollout, Segment, TeacherScores, Trajectory
+from megatron_opd.types import Divergence, Needs, Rollout, Segment, TeacherScores, Trajectory
 
-EVERYTHING = Needs(behaviour_logp=True, head=3, tail_draws=2, teacher_token=True, teacher_head=True, teacher_draws=True, teacher_top=4)
+EVERYTHING = Needs(
+    behaviour_logp=True,
+    head=3,
+    draws=5,
+    teacher_token=True,
+    teacher_head=True,
+    teacher_draws=True,
+    teacher_top=4,
+    divergence=Divergence(kind="reverse"),
+    moments=True,
+)
 
 
 def trajectory(index, num_prompt, num_response, needs=EVERYTHING, seed=0):
@@ -23,6 +34,7 @@ def trajectory(index, num_prompt, num_response, needs=EVERYTHING, seed=0):
     def floats(*shape):
         return -g.random(shape).astype(np.float32)
 
+    drawn = merge(g.integers(1, 6, (R, needs.draws)), floats(R, needs.draws))
     rollout = Rollout(
         index=index,
         prompt_ids=ids(num_prompt),
@@ -30,8 +42,10 @@ def trajectory(index, num_prompt, num_response, needs=EVERYTHING, seed=0):
         logp=floats(R),
         head_ids=ids(R, needs.head),
         head_logp=floats(R, needs.head),
-        draw_ids=ids(R, needs.tail_draws),
-        draw_logp=floats(R, needs.tail_draws),
+        draw_ids=drawn[0],
+        draw_counts=drawn[1],
+        draw_sizes=drawn[2],
+        draw_logp=drawn[3],
         segments=(Segment(first_token=0, version=3), Segment(first_token=min(2, R), version=5)),
         finish_reason="stop",
     )
@@ -39,9 +53,13 @@ def trajectory(index, num_prompt, num_response, needs=EVERYTHING, seed=0):
         index=index,
         token_logp=floats(R),
         head_logp=floats(R, needs.head),
-        draw_logp=floats(R, needs.tail_draws),
+        head_log_rest=floats(R),
+        draw_logp=floats(len(drawn[0])),
         top_ids=ids(R, needs.teacher_top),
         top_logp=floats(R, needs.teacher_top),
+        hidden=floats(R, 6),
+        entropy=floats(R),
+        best_ids=ids(R),
     )
     return Trajectory(rollout=rollout, teacher=teacher)
 
@@ -106,7 +124,7 @@ def test_a_target_is_the_token_after_its_input():
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
     assert batch.boundaries.tolist() == [0, 6, 8] and batch.boundaries.dtype == torch.int32
     assert batch.mask.tolist() == [False] * 2 + [True] * 4 + [True] * 2
-    assert batch.lag_origin.tolist() == [-1, -1, 3, 3, 5, 5, 3, 3]
+    assert batch.sequences.tolist() == [0] * 6 + [1] * 2
     assert batch.token.ids[batch.mask, 0].tolist() == [*one.rollout.response_ids, *two.rollout.response_ids]
     inside = batch.mask.clone()
     inside[[5, 7]] = False  # last input of each sequence: its target is nobody's input
@@ -116,6 +134,11 @@ def test_a_target_is_the_token_after_its_input():
 def test_every_array_stands_at_the_targets_of_its_response_and_zero_elsewhere():
     trajectories = [trajectory(i, p, r) for i, (p, r) in enumerate([(3, 4), (5, 0), (1, 7), (2, 1)])]
     batch = pack(trajectories, EVERYTHING, pad_multiple=8)
+    most = max(int(t.rollout.draw_sizes.max(initial=0)) for t in trajectories)
+
+    def laid(values, t):
+        return spread(values, t.rollout.draw_sizes, most)
+
     for place, source in {
         ("token", "ids"): lambda t: t.rollout.response_ids[:, None],
         ("token", "behaviour_logp"): lambda t: t.rollout.logp[:, None],
@@ -123,9 +146,11 @@ def test_every_array_stands_at_the_targets_of_its_response_and_zero_elsewhere():
         ("head", "ids"): lambda t: t.rollout.head_ids,
         ("head", "behaviour_logp"): lambda t: t.rollout.head_logp,
         ("head", "teacher_logp"): lambda t: t.teacher.head_logp,
-        ("draws", "ids"): lambda t: t.rollout.draw_ids,
-        ("draws", "behaviour_logp"): lambda t: t.rollout.draw_logp,
-        ("draws", "teacher_logp"): lambda t: t.teacher.draw_logp,
+        ("head", "teacher_log_rest"): lambda t: t.teacher.head_log_rest,
+        ("draws", "ids"): lambda t: laid(t.rollout.draw_ids, t),
+        ("draws", "counts"): lambda t: laid(t.rollout.draw_counts, t),
+        ("draws", "behaviour_logp"): lambda t: laid(t.rollout.draw_logp, t),
+        ("draws", "teacher_logp"): lambda t: laid(t.teacher.draw_logp, t),
         ("top", "ids"): lambda t: t.teacher.top_ids,
         ("top", "teacher_logp"): lambda t: t.teacher.top_logp,
     }.items():
@@ -135,6 +160,32 @@ def test_every_array_stands_at_the_targets_of_its_response_and_zero_elsewhere():
         for got, wanted in zip(unpack(values[batch.mask].numpy(), trajectories), map(source, trajectories), strict=True):
             np.testing.assert_array_equal(got, wanted)
     assert batch.top.behaviour_logp is None
+    for name, source in {"teacher_hidden": "hidden", "teacher_entropy": "entropy", "teacher_best": "best_ids"}.items():
+        values = getattr(batch, name)
+        assert values[~batch.mask].count_nonzero() == 0
+        wanted = np.concatenate([getattr(t.teacher, source) for t in trajectories])
+        np.testing.assert_array_equal(values[batch.mask].numpy(), wanted)
+
+
+def test_hidden_states_in_bfloat16_travel_as_their_bits():
+    one = trajectory(0, 3, 4)
+    hidden = torch.randn(4, 6).bfloat16()
+    bits = Trajectory(rollout=one.rollout, teacher=replace(one.teacher, hidden=hidden.view(torch.uint16).numpy()))
+    batch = pack([bits], EVERYTHING, pad_multiple=8)
+    assert batch.teacher_hidden.dtype == torch.bfloat16 and torch.equal(batch.teacher_hidden[batch.mask], hidden)
+
+
+@settings(max_examples=100, deadline=None)
+@given(positions=st.integers(0, 5), draws=st.integers(1, 6), vocab=st.integers(1, 5), seed=st.integers(0, 9))
+def test_merged_draws_are_the_draws(positions, draws, vocab, seed):
+    g = np.random.default_rng(seed)
+    ids, logp = g.integers(0, vocab, (positions, draws)), -g.random(vocab).astype(np.float32)
+    merged, counts, sizes, merged_logp = merge(ids, logp[ids])
+    assert sizes.sum() == len(merged) == len(counts) == len(merged_logp)
+    rows = np.split(np.repeat(merged, counts), np.arange(1, positions) * draws) if positions else []
+    assert [sorted(row) for row in ids.tolist()] == [row.tolist() for row in rows]
+    np.testing.assert_array_equal(merged_logp, logp[merged])
+    assert all(len(set(part)) == len(part) for part in np.split(merged, np.cumsum(sizes)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -156,8 +207,8 @@ def test_padding_is_a_masked_sequence_of_its_own(shapes, pad_multiple):
 def test_no_trajectories_give_masked_tokens_with_every_set():
     batch = pack([], EVERYTHING, pad_multiple=4)
     assert batch.token_ids.tolist() == [0] * 4 and batch.boundaries.tolist() == [0, 4]
-    assert not batch.mask.any() and batch.lag_origin.tolist() == [-1] * 4
-    assert batch.head.ids.shape == (4, 3) and batch.draws.teacher_logp.shape == (4, 2) and batch.top.ids.shape == (4, 4)
+    assert not batch.mask.any() and batch.sequences.tolist() == [0] * 4
+    assert len(batch.head.ids) == len(batch.draws.counts) == len(batch.top.ids) == len(batch.teacher_hidden) == 4
     assert len(pack([], EVERYTHING).token_ids) == 1
 
 
@@ -178,7 +229,14 @@ def test_order_ranks_and_micro_batches_change_no_sum_over_targets(data, budget, 
     def total(batches):
         """A loss that depends on every target, its input and its position, summed over the mask."""
         terms = [
-            (b.token.ids[:, 0] * (1 + b.positions) * (2 + b.token_ids) * b.head.ids.sum(1) * b.top.ids.sum(1) * b.lag_origin)[b.mask].sum()
+            (
+                b.token.ids[:, 0]
+                * (1 + b.positions)
+                * (2 + b.token_ids)
+                * b.head.ids.sum(1)
+                * b.top.ids.sum(1)
+                * (b.draws.ids * b.draws.counts.long()).sum(1)
+            )[b.mask].sum()
             for b in batches
         ]
         return int(sum(terms)), sum(int(b.mask.sum()) for b in batches)
@@ -198,6 +256,10 @@ WRONG = {
         rollout=ONE.rollout, teacher=replace(ONE.teacher, top_logp=ONE.teacher.top_logp[:3])
     ),
     r"teacher.token_logp has shape None, wanted \(4,\)": Trajectory(rollout=ONE.rollout, teacher=None),
+    r"19 draws at 4 positions, wanted 5": Trajectory(
+        rollout=replace(ONE.rollout, draw_counts=ONE.rollout.draw_counts - np.eye(1, len(ONE.rollout.draw_counts), dtype=np.int32)[0]),
+        teacher=ONE.teacher,
+    ),
     "teacher scores of rollout 8": Trajectory(rollout=ONE.rollout, teacher=replace(ONE.teacher, index=8)),
     r"segments start at tokens \[1\]": Trajectory(
         rollout=replace(ONE.rollout, segments=(Segment(first_token=1, version=0),)), teacher=ONE.teacher

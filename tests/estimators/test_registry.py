@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.estimators import REGISTRY, build
 from megatron_opd.estimators.forward_kl_topk import ForwardKLTopK
 from megatron_opd.estimators.head_tail_reverse_kl import HeadTailReverseKL
+from megatron_opd.estimators.mix import Mix
 
 OWN = """
 from dataclasses import dataclass
@@ -24,8 +27,8 @@ class Mine:
 
 def test_settings_reach_the_fields():
     assert build("forward_kl_topk", {"top_k": 7}) == ForwardKLTopK(top_k=7)
-    assert build("head_tail_reverse_kl", {"head": 4}) == HeadTailReverseKL(head=4, tail_draws=16)
-    assert build("head_tail_reverse_kl", {"head": 4, "tail_draws": 9}).needs.tail_draws == 9
+    assert build("head_tail_reverse_kl", {"head": 4}) == HeadTailReverseKL(head=4, draws=16)
+    assert build("head_tail_reverse_kl", {"head": 4, "draws": 9}).needs.draws == 9
 
 
 def test_every_registered_estimator_builds_with_its_defaults_and_is_frozen():
@@ -45,14 +48,23 @@ def test_an_estimator_of_ones_own_is_named_by_module_or_by_file(tmp_path):
     "name, settings, message",
     [
         ("forward_kl_top_k", {}, "unknown estimator.name=forward_kl_top_k; did you mean forward_kl_topk?"),
-        ("zzz", {}, "known: forward_kl_topk, head_tail_reverse_kl, sampled_reverse_kl, sft"),
+        (
+            "zzz",
+            {},
+            "known: dense_kl, forward_kl_topk, forward_kl_truncated, head_tail_reverse_kl, reverse_kl_topk, sampled_reverse_kl, sft",
+        ),
         ("forward_kl_topk", {"topk": 3}, "unknown setting estimator.settings.topk of forward_kl_topk; did you mean top_k?"),
         ("sft", {"x": 1}, "unknown setting estimator.settings.x of sft; known: none"),
         ("forward_kl_topk", {"top_k": "many"}, "estimator.settings.top_k of forward_kl_topk: Value 'many'"),
         ("forward_kl_topk", {"top_k": 2.5}, "estimator.settings.top_k of forward_kl_topk: Value '2.5'"),
         ("forward_kl_topk", {"top_k": None}, "estimator.settings.top_k of forward_kl_topk"),
         ("forward_kl_topk", {"top_k": 0}, "top_k=0 must be at least 1"),
-        ("head_tail_reverse_kl", {"tail_draws": -1}, "tail_draws=-1 must be at least 1"),
+        ("head_tail_reverse_kl", {"draws": -1}, "draws=-1 must be at least 1"),
+        ("sampled_reverse_kl", {"correction": "clip"}, "estimator.settings.correction of sampled_reverse_kl"),
+        ("sampled_reverse_kl", {"draws": -1}, "draws=-1 must be 0 or more"),
+        ("sampled_reverse_kl", {"cap": 0}, "cap=0.0 must be greater than 0"),
+        ("reverse_kl_topk", {"head": 0}, "head=0 must be at least 1"),
+        ("dense_kl", {"divergence": "jsd", "weight": 1}, "weight=1.0 must lie in [0, 1], and inside it for jsd"),
         ("megatron_opd.types:Needs", {}, "must name a dataclass with `needs`"),
         ("megatron_opd.nowhere:X", {}, "cannot be imported"),
         ("megatron_opd.types:Nothing", {}, "has no 'Nothing'"),
@@ -62,3 +74,18 @@ def test_what_cannot_be_built_is_answered_with_the_nearest_right_thing(name, set
     with pytest.raises(ConfigError) as error:
         build(name, settings)
     assert message in str(error.value)
+
+
+def test_mixed_estimators_must_agree_on_what_is_cached():
+    parts = {"first": build("head_tail_reverse_kl", {}), "second": build("forward_kl_topk", {"top_k": 8})}
+    assert Mix(**parts).needs == replace(parts["first"].needs, teacher_top=8)
+    for second, message in {
+        ("head_tail_reverse_kl", "head"): "head=16 and head=4",
+        ("sampled_reverse_kl", "draws"): "draws=16 and draws=4",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            Mix(first=parts["first"], second=build(second[0], {second[1]: 4}))
+    with pytest.raises(ConfigError, match="draws from the whole vocabulary"):
+        Mix(first=parts["first"], second=build("sampled_reverse_kl", {"draws": 16}))
+    with pytest.raises(ConfigError, match="given completions"):
+        Mix(first=parts["first"], second=build("sft", {}))

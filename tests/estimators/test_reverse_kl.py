@@ -19,10 +19,10 @@ def outcomes(estimator, q, b):
     """(probability, tokens, draws) of every way in which the samples of one position can fall."""
     vocab, needs = q.shape[1], estimator.needs
     b_logp = b.log_softmax(-1)
-    if not needs.tail_draws:
+    if not needs.draws:
         return b_logp.exp()[0], torch.arange(vocab)[:, None], None
     rest = outside(b_logp, largest(b_logp, needs.head))[0]
-    draws = torch.tensor(list(itertools.product(rest.nonzero()[:, 0].tolist(), repeat=needs.tail_draws)))
+    draws = torch.tensor(list(itertools.product(rest.nonzero()[:, 0].tolist(), repeat=needs.draws)))
     return rest[draws].prod(-1), torch.zeros(len(draws), 1, dtype=torch.int64), draws
 
 
@@ -31,14 +31,16 @@ def gradients(estimator, p, q, b):
     weight, tokens, draws = outcomes(estimator, q, b)
     n = len(tokens)
     z = p.expand(n, -1).clone().requires_grad_()
-    estimate = estimator(dense_scores(z, micro_batch(estimator.needs, q.expand(n, -1), b.expand(n, -1), tokens, draws)))
+    estimate = estimator(dense_scores(z, micro_batch(estimator.needs, q.expand(n, -1), b.expand(n, -1), tokens, draws), estimator.needs))
     (grad,) = torch.autograd.grad(estimate.loss.sum(), z)
     torch.testing.assert_close(weight.sum().item(), 1.0)
     return weight, estimate, grad
 
 
 SIZES = [(1, 1, 12), (3, 1, 12), (3, 2, 12), (7, 2, 9), (1, 2, 5), (2, 3, 7)]  # head, draws, vocabulary
-UNBIASED = [(SampledReverseKL(), 12)] + [(HeadTailReverseKL(head=head, tail_draws=m), vocab) for head, m, vocab in SIZES]
+UNBIASED = [(SampledReverseKL(), 12), (SampledReverseKL(draws=1), 12), (SampledReverseKL(draws=2), 9), (SampledReverseKL(draws=3), 6)] + [
+    (HeadTailReverseKL(head=head, draws=m), vocab) for head, m, vocab in SIZES
+]
 
 
 @pytest.mark.parametrize("estimator, vocab", UNBIASED, ids=str)
@@ -62,7 +64,7 @@ def variance(estimator, p, q, b):
 
 def test_the_variance_falls_as_one_over_the_number_of_draws():
     p, q, b = policies(9, 5)
-    one, two, three = (variance(HeadTailReverseKL(head=3, tail_draws=m), p, q, b) for m in (1, 2, 3))
+    one, two, three = (variance(HeadTailReverseKL(head=3, draws=m), p, q, b) for m in (1, 2, 3))
     torch.testing.assert_close(two, one / 2)
     torch.testing.assert_close(three, one / 3)
 
@@ -70,19 +72,19 @@ def test_the_variance_falls_as_one_over_the_number_of_draws():
 def test_head_and_tail_vary_less_than_as_many_draws():
     p, q, b = policies(12, 6)
     of_four_draws = variance(SampledReverseKL(), p, q, b) / 4
-    assert variance(HeadTailReverseKL(head=2, tail_draws=2), p, q, b) < of_four_draws
+    assert variance(HeadTailReverseKL(head=2, draws=2), p, q, b) < of_four_draws
 
 
 def test_a_head_over_the_whole_vocabulary_is_the_exact_reverse_kl_whatever_was_drawn():
     T, V = 9, 12
     p, q, b = logits(T, V, 1).requires_grad_(), logits(T, V, 2), logits(T, V, 3)
-    estimator = HeadTailReverseKL(head=V, tail_draws=2)
+    estimator = HeadTailReverseKL(head=V, draws=2)
     estimate = estimator(scores_for(estimator.needs, p, q, b))
     exact = reverse_kl(p, q)
     torch.testing.assert_close(estimate.loss, exact, rtol=1e-12, atol=1e-13)
     (grad,), (exact_grad,) = torch.autograd.grad(estimate.loss.sum(), p), torch.autograd.grad(exact.sum(), p)
     torch.testing.assert_close(grad, exact_grad, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(estimate.diagnostics["head_mass"], torch.ones(T, dtype=torch.float64))
+    torch.testing.assert_close(estimate.diagnostics["support_mass"], torch.ones(T, dtype=torch.float64))
     assert estimate.diagnostics["tail_mass"].count_nonzero() == 0
 
 
@@ -90,9 +92,9 @@ def test_draws_that_b_cannot_make_are_harmless_when_the_head_holds_all_of_b():
     p, q = logits(3, 8, 1).float().requires_grad_(), logits(3, 8, 2).float()
     b = torch.full((3, 8), -torch.inf)
     b[:, :4] = logits(3, 4, 3).float()
-    estimator = HeadTailReverseKL(head=4, tail_draws=2)
+    estimator = HeadTailReverseKL(head=4, draws=2)
     draws = torch.tensor([[5, 6]] * 3)
-    estimate = estimator(dense_scores(p, micro_batch(estimator.needs, q, b, torch.zeros(3, 1, dtype=torch.int64), draws)))
+    estimate = estimator(dense_scores(p, micro_batch(estimator.needs, q, b, torch.zeros(3, 1, dtype=torch.int64), draws), estimator.needs))
     (grad,) = torch.autograd.grad(estimate.loss.sum(), p)
     assert estimate.loss.isfinite().all() and grad.isfinite().all()
 
@@ -100,10 +102,10 @@ def test_draws_that_b_cannot_make_are_harmless_when_the_head_holds_all_of_b():
 def test_diagnostics_name_the_masses_of_head_and_tail():
     T, V = 6, 12
     p, q, b = logits(T, V, 1), logits(T, V, 2), logits(T, V, 3)
-    estimator = HeadTailReverseKL(head=4, tail_draws=3)
+    estimator = HeadTailReverseKL(head=4, draws=3)
     found = estimator(scores_for(estimator.needs, p, q, b)).diagnostics
     ids = b.topk(4, -1).indices
-    torch.testing.assert_close(found["head_mass"], p.softmax(-1).gather(1, ids).sum(-1))
+    torch.testing.assert_close(found["support_mass"], p.softmax(-1).gather(1, ids).sum(-1))
     torch.testing.assert_close(found["tail_mass"], 1 - b.softmax(-1).gather(1, ids).sum(-1))
 
 

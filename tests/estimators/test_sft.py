@@ -7,7 +7,7 @@ from tests.estimators.cases import dense_scores, logits, micro_batch
 def test_the_loss_is_the_cross_entropy_of_the_completion():
     z = logits(5, 11, 0).requires_grad_()
     tokens = torch.tensor([[0], [10], [3], [3], [7]])
-    loss = SFT()(dense_scores(z, micro_batch(SFT().needs, z.detach(), z.detach(), tokens, None))).loss
+    loss = SFT()(dense_scores(z, micro_batch(SFT().needs, z.detach(), z.detach(), tokens, None), SFT().needs)).loss
     expected = torch.nn.functional.cross_entropy(z, tokens[:, 0], reduction="none")
     torch.testing.assert_close(loss, expected)
     (grad,) = torch.autograd.grad(loss.sum(), z)

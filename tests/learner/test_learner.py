@@ -1,21 +1,23 @@
 """The whole learner on real Megatron ranks: however it is split, one step is the same step."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opd import estimators
 from megatron_opd.config import LearnerConfig, OptimizerConfig
-from megatron_opd.learner.learner import Learner, StudentModel
+from megatron_opd.learner.learner import Learner, StudentModel, TeacherHead
 from megatron_opd.runtime.collective import Ranks
-from tests.learner.cases import trajectories
+from tests.estimators.cases import VARIANTS, variant
+from tests.learner.cases import TEACHER_HIDDEN, trajectories
 from tests.model.tiny import read_config, write_model
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.engines
 
-ESTIMATORS = sorted(estimators.REGISTRY)
 MODELS = {"tied qwen2": ("qwen2", {"tie_word_embeddings": True}), "untied qwen3": ("qwen3", {})}
+ESTIMATORS = {"tied-qwen2": VARIANTS, "untied-qwen3": ("forward_kl_topk", "head_tail_reverse_kl", "dense_kl jsd")}
 LAYOUTS = {
     "tp2": {"tensor_parallel": 2},
     "tp2 sp": {"tensor_parallel": 2, "sequence_parallel": True},
@@ -27,22 +29,28 @@ LAYOUTS = {
 AS_SGD = OptimizerConfig(lr=1e6, eps=1e6, clip_grad=0.0, beta1=0.0, beta2=0.0)
 
 
-def step(folders, layout, micro_batch_tokens):
+def step(folders, teacher, layout, micro_batch_tokens):
     """Model and estimator -> loss, gradient norm and gradient (under Hugging Face names) of one step; on the first rank."""
     settings = LearnerConfig(**layout, micro_batch_tokens=micro_batch_tokens, logps_chunk_tokens=7, optimizer=AS_SGD)
     ranks = Ranks()
     found = {}
     for folder in folders:
-        for name in ESTIMATORS:
+        for name in ESTIMATORS[Path(folder).name]:
             hf_config = read_config(folder)
-            student = StudentModel(path=folder, hf_config=hf_config, steps=10, seed=0, device="cpu")
-            estimator = estimators.build(name, {})
+            head = TeacherHead(path=teacher, hf_config=read_config(teacher), dtype="float32")
+            student = StudentModel(path=folder, hf_config=hf_config, steps=10, seed=0, device="cpu", teacher=head)
+            estimator = variant(name)
             learner = Learner(student, settings, estimator, ranks)
             before = {key: tensor.clone() for key, tensor in learner.weights("float32")}  # they may share memory with the model
             report = learner.train(trajectories(estimator.needs, vocab=hf_config.vocab_size))
             after = dict(learner.weights("float32"))
             gradient = {key: before[key].double() - after[key].double() for key in before}
-            found[f"{folder} {name}"] = {"loss": report.loss, "norm": report.grad_norm, "gradient": gradient, "tokens": report.tokens}
+            found[f"{Path(folder).name} {name}"] = {
+                "loss": report.loss,
+                "norm": report.grad_norm,
+                "gradient": gradient,
+                "tokens": report.tokens,
+            }
     return found if dist.get_rank() == 0 else {}
 
 
@@ -52,8 +60,13 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_rank(folders):
-    return run_ranks(step, 1, folders, {}, 4096)[0]
+def teacher(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("teacher") / "teacher", "llama", hidden_size=TEACHER_HIDDEN, head_dim=6, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def one_rank(folders, teacher):
+    return run_ranks(step, 1, folders, teacher, {}, 4096)[0]
 
 
 def assert_same(found, wanted):
@@ -76,10 +89,10 @@ def test_the_gradient_that_a_step_shows_is_the_gradient(one_rank):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_splitting_the_model_or_the_batch_changes_nothing(folders, one_rank, layout):
+def test_splitting_the_model_or_the_batch_changes_nothing(folders, teacher, one_rank, layout):
     world = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1) * layout.get("data_parallel", 1)
-    assert_same(run_ranks(step, world, folders, layout, 16, timeout_s=240)[0], one_rank)
+    assert_same(run_ranks(step, world, folders, teacher, layout, 16, timeout_s=300)[0], one_rank)
 
 
-def test_the_size_of_micro_batches_changes_nothing(folders, one_rank):
-    assert_same(run_ranks(step, 1, folders, {}, 1)[0], one_rank)
+def test_the_size_of_micro_batches_changes_nothing(folders, teacher, one_rank):
+    assert_same(run_ranks(step, 1, folders, teacher, {}, 1)[0], one_rank)

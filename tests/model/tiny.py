@@ -55,8 +55,8 @@ def pack(sequences: Sequence[torch.Tensor]) -> MicroBatch:
         token_ids=token_ids,
         positions=torch.cat([torch.arange(n) for n in lengths]),
         boundaries=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        sequences=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         mask=torch.ones(len(token_ids), dtype=torch.bool),
-        lag_origin=torch.zeros(len(token_ids), dtype=torch.int64),
         token=IdSet(ids=token_ids.roll(1)[:, None], behaviour_logp=None, teacher_logp=None),
     )
 

@@ -23,7 +23,7 @@ from megatron_opd.weights.transport import BroadcastSender
 from tests.rollout.models import END, VOCAB, forward_logp, save_model
 
 pytestmark = pytest.mark.engines
-EVERYTHING = Needs(behaviour_logp=True, head=4, tail_draws=3)
+EVERYTHING = Needs(behaviour_logp=True, head=4, draws=3)
 
 
 class Lab:
@@ -111,8 +111,10 @@ def assert_equals_reference(rollout, logp, tolerance):
     if rollout.head_ids is not None:
         assert np.abs(at(rollout.head_ids) - rollout.head_logp).max() < tolerance
         assert np.abs(logp.topk(rollout.head_ids.shape[1])[0].numpy() - rollout.head_logp).max() < tolerance, "the head is the top of b"
-        assert np.abs(at(rollout.draw_ids) - rollout.draw_logp).max() < tolerance
-        assert not (rollout.draw_ids[:, :, None] == rollout.head_ids[:, None, :]).any()
+        rows = np.repeat(np.arange(len(logp)), rollout.draw_sizes)
+        assert np.abs(logp[rows, rollout.draw_ids].numpy() - rollout.draw_logp).max() < tolerance
+        assert not (rollout.draw_ids[:, None] == rollout.head_ids[rows]).any()
+        assert (np.bincount(rows, rollout.draw_counts) == EVERYTHING.draws).all()
 
 
 def assert_ends(pid):
@@ -134,7 +136,8 @@ def test_everything_reported_equals_the_forward_pass_at_temperature_0_7(lab, mod
 
 def test_draws_follow_the_tail_of_b(lab, models):
     same = Prompt(index=0, token_ids=prompts(1)[0].token_ids)
-    drawn = np.concatenate([r.draw_ids[0] for r in lab.rollouts([same] * 200)])
+    firsts = [(r, slice(0, r.draw_sizes[0])) for r in lab.rollouts([same] * 200)]
+    drawn = np.concatenate([np.repeat(r.draw_ids[first], r.draw_counts[first]) for r, first in firsts])
     logp = forward_logp(models["old"], same.token_ids, [0], 0.7)[0]
     tail = logp.exp().index_fill(0, logp.topk(4)[1], 0)
     tail = (tail / tail.sum()).numpy()
@@ -277,7 +280,7 @@ def test_settings_that_cannot_be_served_are_refused(models):
     settings(Needs(behaviour_logp=True), top_p=0.9)
     settings(Needs(head=VOCAB))
     with pytest.raises(ConfigError, match=f"a head of {VOCAB} ids leaves no tail"):
-        settings(Needs(head=VOCAB, tail_draws=1))
+        settings(Needs(head=VOCAB, draws=1))
 
 
 def test_end_ids_come_from_the_generation_config_first(tmp_path):

@@ -13,7 +13,7 @@ from megatron_opd.teacher.scripted import ScriptedTeacher
 from megatron_opd.types import JoinTransport, Needs, Prompt, Segment, TensorSpec
 from megatron_opd.weights.transport import BroadcastSender
 
-NEEDS = Needs(behaviour_logp=True, head=4, tail_draws=3, teacher_token=True, teacher_head=True, teacher_draws=True, teacher_top=5)
+NEEDS = Needs(behaviour_logp=True, head=4, draws=3, teacher_token=True, teacher_head=True, teacher_draws=True, teacher_top=5)
 
 
 def settings(**changes):
@@ -39,7 +39,8 @@ def test_a_response_depends_on_seed_and_index_alone():
         assert np.array_equal(a.response_ids, b.response_ids) and np.array_equal(a.draw_ids, b.draw_ids)
         assert a.segments == (Segment(first_token=0, version=4),)
         assert (a.finish_reason == "stop") == (len(a.response_ids) < 12)
-        assert not (a.draw_ids[:, :, None] == a.head_ids[:, None]).any()
+        rows = np.repeat(np.arange(len(a.response_ids)), a.draw_sizes)
+        assert not (a.draw_ids[:, None] == a.head_ids[rows]).any() and (np.bincount(rows, a.draw_counts) == NEEDS.draws).all()
         assert (np.diff(a.head_logp) <= 0).all()
 
 

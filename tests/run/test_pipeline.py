@@ -8,6 +8,7 @@ import torch
 from megatron_opd import config as configs
 from tests.model.tiny import read_model
 from tests.run import tiny_run
+from tests.run.everything import Everything
 
 pytestmark = pytest.mark.engines
 
@@ -38,6 +39,25 @@ def test_a_student_that_is_its_own_teacher_has_no_gradient_and_engines_agree_aft
         assert step["lags"] == {"0": step["tokens"]}
         if estimator != "forward_kl_topk":  # which asks for no log b
             assert step["diagnostics"]["mismatch"] < 1e-4, f"step {step['version']}: vLLM and learner disagree about the same tokens"
+
+
+GROUPS = {"head": {**TP2, "sequence_parallel": True}, "draws": {"pipeline_parallel": 2}}
+
+
+@pytest.mark.parametrize("group, learner", GROUPS.items(), ids=GROUPS)
+def test_every_estimator_is_still_where_student_and_teacher_are_the_same(group, learner, tmp_path):
+    tiny = tiny_run.make(tmp_path)
+    sections = {"learner": learner, "estimator": {"name": "tests.run.everything:Everything", "settings": {"group": group}}}
+    tiny_run.train(tiny.config("other", **sections))
+    tiny_run.train(tiny.config("same", **sections), f"teacher.path={tiny.student}")
+    (other,), (same,) = tiny.steps("other"), tiny.steps("same")
+    assert same["grad_norm"] <= 1e-4 * other["grad_norm"]
+    parts = Everything(group=group).parts
+    for name in parts:
+        assert abs(same["diagnostics"][name]) <= 2e-5 < 1e-2 < abs(other["diagnostics"][name]), name
+    assert same["diagnostics"]["agreement"] == 1.0 and same["diagnostics"]["student_entropy"] == pytest.approx(
+        same["diagnostics"]["teacher_entropy"], rel=1e-5
+    )
 
 
 def test_an_asynchronous_run_with_replicas_keeps_its_bound_and_leaves_everything_behind(tmp_path):

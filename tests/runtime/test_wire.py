@@ -39,6 +39,7 @@ def same(a, b):
             version=1,
             loss=0.5,
             diagnostics={"kl": 0.1},
+            kl_by_position={0: 0.2, 4: 0.1},
             grad_norm=1.0,
             learning_rate=1e-3,
             sequences=2,

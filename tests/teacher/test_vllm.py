@@ -7,7 +7,7 @@ import torch
 from megatron_opd.config import TeacherConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.teacher.vllm import VLLMTeacher
-from megatron_opd.types import Needs, Rollout, Segment
+from megatron_opd.types import Divergence, Needs, Rollout, Segment
 from tests.rollout.models import VOCAB, forward_logp, save_model
 
 pytestmark = pytest.mark.engines
@@ -53,7 +53,11 @@ def test_scores_equal_the_forward_pass_at_every_response_position(path, needs):
         teacher.close()
 
 
-@pytest.mark.parametrize(("needs", "named"), [(Needs(teacher_head=True), "teacher_head"), (Needs(teacher_draws=True), "teacher_draws")])
-def test_needs_that_vllm_cannot_serve_name_the_remedy(needs, named):
-    with pytest.raises(ConfigError, match=f"{named}; set teacher.backend=megatron"):
+UNSERVED = {"teacher_head": True, "teacher_draws": True, "divergence": Divergence(kind="reverse"), "moments": True}
+
+
+@pytest.mark.parametrize("named", UNSERVED)
+def test_needs_that_vllm_cannot_serve_name_the_remedy(named):
+    needs = Needs(**{named: UNSERVED[named]})
+    with pytest.raises(ConfigError, match=f"{named} is asked for; set teacher.backend=megatron"):
         VLLMTeacher(TeacherConfig(backend="vllm", path="nowhere"), needs=needs, max_model_len=8)

@@ -1,0 +1,49 @@
+"""Reverse KL on the K most probable ids of the behaviour policy: low variance, and biased as the student leaves that support.
+
+Dimension key: T packed targets, K ids per target.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_opd.errors import ConfigError
+from megatron_opd.types import Estimate, Needs, TokenScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKLTopK:
+    """L = sum_K p (log p - log q) + p_rest (log p_rest - log q_rest), K the most probable ids of b; the support is a constant.
+
+    With rest="bucket" all mass outside the K ids is one more outcome, so L is at least 0 and never exceeds KL(p || q). With
+    rest="renormalised" both are conditioned on the K ids, and mass outside them is free. Either way what happens among the
+    other ids is not seen, and on stale rollouts the K ids are those of an older student: the support mismatch of arXiv
+    2606.24143. `head_tail_reverse_kl` corrects it with draws.
+    """
+
+    head: int = 16
+    rest: Literal["bucket", "renormalised"] = "bucket"
+
+    def __post_init__(self) -> None:
+        if self.head < 1:
+            raise ConfigError(f"reverse_kl_topk: head={self.head} must be at least 1")
+
+    @property
+    def needs(self) -> Needs:
+        """The head of b with log q there and outside."""
+        return Needs(head=self.head, teacher_head=True)
+
+    def __call__(self, scores: TokenScores) -> Estimate:
+        """The divergence of each target; its gradient is sum p (log p - log q) grad log p, exactly 0 at p = q."""
+        head = scores.head
+        assert head is not None and head.teacher_logp is not None, "needs ask for it"
+        assert head.student_log_rest is not None and head.teacher_log_rest is not None, "needs ask for it"
+        logp_TK = torch.cat([head.student_logp, head.student_log_rest[:, None]], 1)
+        logq_TK = torch.cat([head.teacher_logp, head.teacher_log_rest[:, None]], 1)
+        logp_TK, logq_TK = (torch.where(scores.mask[:, None], logp, 0.0) for logp in (logp_TK, logq_TK))
+        support_T = logp_TK.detach()[:, :-1].exp().sum(-1)
+        if self.rest == "renormalised":
+            logp_TK, logq_TK = (logp[:, :-1].log_softmax(-1) for logp in (logp_TK, logq_TK))
+        loss_T = (logp_TK.exp() * (logp_TK - logq_TK).detach()).sum(-1)
+        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), "support_mass": support_T})
