@@ -1,12 +1,15 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.estimators import REGISTRY, build
 from megatron_opd.estimators.forward_kl_topk import ForwardKLTopK
 from megatron_opd.estimators.head_tail_reverse_kl import HeadTailReverseKL
 from megatron_opd.estimators.mix import Mix
+from tests.estimators.cases import logits, scores_for
 
 OWN = """
 from dataclasses import dataclass
@@ -89,3 +92,13 @@ def test_mixed_estimators_must_agree_on_what_is_cached():
         Mix(first=parts["first"], second=build("sampled_reverse_kl", {"draws": 16}))
     with pytest.raises(ConfigError, match="given completions"):
         Mix(first=parts["first"], second=build("sft", {}))
+
+
+def test_the_estimator_that_the_documentation_shows_works_as_it_stands(tmp_path):
+    page = (Path(__file__).parents[2] / "examples" / "OBJECTIVES.md").read_text()
+    (tmp_path / "alpha.py").write_text(page.split("```python\n")[1].split("```")[0])
+    estimator = build(f"{tmp_path}/alpha.py:AlphaDivergence", {"top_k": 3})
+    p, q = logits(6, 9, 1).requires_grad_(), logits(6, 9, 2)
+    assert (estimator(scores_for(estimator.needs, p, q, q)).loss > 0.01).all()
+    (grad,) = torch.autograd.grad(estimator(scores_for(estimator.needs, p, p.detach(), q)).loss.sum(), p)
+    assert grad.abs().max() < 1e-12

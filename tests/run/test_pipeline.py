@@ -13,22 +13,22 @@ from tests.run.everything import Everything
 pytestmark = pytest.mark.engines
 
 TP2 = {"tensor_parallel": 2}
-# name: (family, model settings, learner layout, teacher layout, estimator)
+# name: (family, model settings, learner layout, teacher layout, tensor-parallel size of the rollouts, estimator)
 CASES = {
-    "untied llama, tp2 sp, head and tail": ("llama", {}, {**TP2, "sequence_parallel": True}, {}, "head_tail_reverse_kl"),
-    "tied llama, pp2, sampled": ("llama", {"tie_word_embeddings": True}, {"pipeline_parallel": 2}, TP2, "sampled_reverse_kl"),
-    "tied qwen2, tp2, sampled": ("qwen2", {"tie_word_embeddings": True}, TP2, {"pipeline_parallel": 2}, "sampled_reverse_kl"),
-    "untied qwen3, dp2, head and tail": ("qwen3", {}, {"data_parallel": 2}, {}, "head_tail_reverse_kl"),
-    "tied qwen3, one rank, top k": ("qwen3", {"tie_word_embeddings": True}, {}, {}, "forward_kl_topk"),
+    "untied llama, tp2 sp, head and tail": ("llama", {}, {**TP2, "sequence_parallel": True}, {}, 1, "head_tail_reverse_kl"),
+    "tied llama, pp2, sampled": ("llama", {"tie_word_embeddings": True}, {"pipeline_parallel": 2}, TP2, 1, "sampled_reverse_kl"),
+    "tied qwen2, tp2, sampled": ("qwen2", {"tie_word_embeddings": True}, TP2, {"pipeline_parallel": 2}, 1, "sampled_reverse_kl"),
+    "untied qwen3, dp2, vllm tp2, head and tail": ("qwen3", {}, {"data_parallel": 2}, {}, 2, "head_tail_reverse_kl"),
+    "tied qwen3, one rank, top k": ("qwen3", {"tie_word_embeddings": True}, {}, {}, 1, "forward_kl_topk"),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_student_that_is_its_own_teacher_has_no_gradient_and_engines_agree_after_updates(case, tmp_path):
     """A shift by one anywhere, in tokens, masks, scores or weights, makes one of the two fail by orders of magnitude."""
-    family, model, learner, teacher, estimator = case
+    family, model, learner, teacher, width, estimator = case
     tiny = tiny_run.make(tmp_path, family, **model)
-    sections = {"learner": learner, "teacher": teacher, "estimator": {"name": estimator}}
+    sections = {"learner": learner, "teacher": teacher, "rollout": {"tensor_parallel": width}, "estimator": {"name": estimator}}
     tiny_run.train(tiny.config("other", **sections), "loop.steps=3")
     tiny_run.train(tiny.config("same", **sections), f"teacher.path={tiny.student}")
     other, same = tiny.steps("other"), tiny.steps("same")
