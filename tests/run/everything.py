@@ -8,7 +8,7 @@ from tests.estimators.cases import variant
 
 FROM_HEAD = (
     "head_tail_reverse_kl", "reverse_kl_topk", "reverse_kl_topk renormalised", "forward_kl_topk", "sampled_reverse_kl", "none", "ppo",
-    "truncated", "decoupled", "m2po", "sequence", "frozen", "dense_kl",
+    "truncated", "decoupled", "m2po", "sequence", "frozen",
 )  # fmt: skip
 FROM_DRAWS = ("draws", "frozen draws ppo", "draws m2po", "dense_kl jsd", "forward_kl_topk")
 
