@@ -1,6 +1,6 @@
 """What asynchrony buys, and what our loop costs over the bare engines. Two CPU cores, about 20 minutes (--quick: 4).
 
-    python tools/bench_loop.py --json FILE [key=value ...]     # settings of the loop, e.g. rollout.dtype=float32
+    python tools/bench_loop.py --json FILE [key=value ...]     # settings of the loop, e.g. rollout.max_running=8
 
 Asynchrony hides the shorter of two things behind the longer one: rollout behind learner and teacher, or the other way. The
 closer their times, the more it gains, so the ratio belongs to a workload and a placement.
@@ -9,13 +9,15 @@ Everything is measured in this run, on the demo's models, side by side:
 
 - the loop: `megatron-opd train` with max_lag 0, 2 and 4 in turn, seed by seed; rollout pinned to core 0, learner and
   teacher to core 1; same prompts, same number of steps. Throughput is response tokens per wall second of the loop.
-- rollout: our rollout backend against bare vLLM (`LLM.generate` in one process), each alone on core 0, same prompts
-  and same settings, every response 128 tokens long (the end-of-sequence id is one that the model never says).
+- rollout: our rollout backend against bare vLLM (`LLM.generate` in one process), same prompts and same settings, every
+  response 128 tokens long (the end-of-sequence id is one that the model never says). Ours has its front end in a second
+  process, so both sides run once with the machine's cores free to use and once squeezed onto core 0.
 - learner: a step of our learner (packing, estimator, reports) against a bare Megatron loop on the same packed
   micro-batches: same GPTModel, same optimizer, Megatron's own vocabulary-parallel cross-entropy over materialised logits.
 - weight update: seconds by part, from the loop's own accounts.
 
-JSON: {"async_over_sync": {"2": x, "4": x}, "rollout_over_vllm": x, "learner_over_megatron": x, "update_seconds": {part: s},
+JSON: {"async_over_sync": {"2": x, "4": x}, "rollout_over_vllm": x, "rollout_over_vllm_on_one_core": x,
+"learner_over_megatron": x, "update_seconds": {part: s},
 "tokens_per_second": {lag: [per seed]}, "overlap": {lag: [per seed]}, "final_kl": {lag: [per seed]}}
 """
 
@@ -54,15 +56,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run of the loop")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the loop beside the demo's own")
+    parser.add_argument("--engines-only", action="store_true", help="leave the loop out")
     parser.add_argument("--quick", action="store_true", help="1 seed, 15 steps: to see that it works, not to quote")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.steps = 1, 15
     os.environ.update(environment("cpu"))
     subprocess.run([EXAMPLE / "prepare.sh"], check=True)
-    figures = compare_loops(arguments.seeds, arguments.steps, arguments.overrides)
-    figures |= compare("rollout_over_vllm", "tokens/s", our_rollout, bare_vllm, core=0)
-    figures |= compare("learner_over_megatron", "s/step", our_learner, bare_megatron, core=1)
+    figures = {} if arguments.engines_only else compare_loops(arguments.seeds, arguments.steps, arguments.overrides)
+    figures |= compare("rollout_over_vllm", "tokens/s", our_rollout, bare_vllm, cores={0, 1})
+    figures |= compare("rollout_over_vllm_on_one_core", "tokens/s", our_rollout, bare_vllm, cores={0})
+    figures |= compare("learner_over_megatron", "s/step", our_learner, bare_megatron, cores={1})
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 
@@ -128,9 +132,9 @@ def one_loop(seed: int, lag: int, steps: int, overrides: list[str]) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- against the engines
-def compare(name: str, unit: str, ours: Callable[[], float], bare: Callable[[], float], *, core: int) -> dict:
-    """Both sides in turn, three times, each in a fresh process on one core."""
-    figures = [(alone(ours, core), alone(bare, core)) for _ in range(3)]
+def compare(name: str, unit: str, ours: Callable[[], float], bare: Callable[[], float], *, cores: set[int]) -> dict:
+    """Both sides in turn, three times, each in a fresh process on those cores."""
+    figures = [(alone(ours, cores), alone(bare, cores)) for _ in range(3)]
     ratio = statistics.median(a / b for a, b in figures)
     table = Table("side", f"{unit} (each repeat)", title=f"{name} = {ratio:.3f}")
     table.add_row(ours.__name__.replace("_", " "), _list([a for a, _ in figures], ".4g"))
@@ -139,11 +143,11 @@ def compare(name: str, unit: str, ours: Callable[[], float], bare: Callable[[], 
     return {name: ratio}
 
 
-def alone(measure: Callable[[], float], core: int) -> float:
+def alone(measure: Callable[[], float], cores: set[int]) -> float:
     """`measure()` in a process of its own, pinned."""
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_pinned, args=(measure, core, sending))
+    process = context.Process(target=_pinned, args=(measure, cores, sending))
     process.start()
     sending.close()
     try:
@@ -156,8 +160,8 @@ def alone(measure: Callable[[], float], core: int) -> float:
             process.kill()
 
 
-def _pinned(measure: Callable[[], float], core: int, sending: "multiprocessing.connection.Connection") -> None:
-    os.sched_setaffinity(0, {core})
+def _pinned(measure: Callable[[], float], cores: set[int], sending: "multiprocessing.connection.Connection") -> None:
+    os.sched_setaffinity(0, cores)
     sending.send_bytes(str(measure()).encode())
 
 
