@@ -270,7 +270,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _require("=" in override, f"override {override!r} is not of the form key=value")
     try:
-        given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        words = [f'{override}""' if override.endswith("=") else override for override in overrides]  # key= empties a text
+        given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(words)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:

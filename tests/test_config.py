@@ -57,6 +57,7 @@ def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("student: {path: s}\nteacher: {path: t}\ndata: {prompts: p}\nloop: {steps: 5}\n")
     assert config.load(file, ["loop.steps=7", "learner.cores=[1]"]).loop.steps == 7
+    assert config.load(file, ["eval.prompts=", "eval.verifier="]).eval.prompts == ""
     with pytest.raises(ConfigError, match="is not of the form key=value"):
         config.load(file, ["loop.steps"])
 

@@ -111,7 +111,7 @@ def one_loop(seed: int, lag: int, steps: int, overrides: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "run.dir": f"{folder}/run", "run.seed": seed, "loop.max_lag": lag, "loop.steps": steps,
-            "eval.prompts": '""', "eval.verifier": '""',
+            "eval.prompts": "", "eval.verifier": "",
             "rollout.cores": "[0]", "learner.cores": "[1]", "teacher.cores": "[1]",
         }  # fmt: skip
         command = [
