@@ -23,6 +23,7 @@ CPU = [
     "reasoning-gym==0.1.25",  # from here on for the examples
     "gguf==0.19.0",
 ]
+STUDY = ["matplotlib==3.11.2"]  # the plots of tools/staleness_study.py
 TEST = ["psutil==7.2.2", "pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
 
 setup(
@@ -46,8 +47,9 @@ setup(
     extras_require={
         "cpu": CPU,
         "gpu": ["vllm>=0.32,<0.33", "transformer-engine[pytorch]>=2.9,<2.12"],
-        "test": TEST,
-        "dev": [*TEST, "ruff==0.17.6"],
+        "test": [*TEST, *STUDY],
+        "dev": [*TEST, *STUDY, "ruff==0.17.6"],
+        "study": STUDY,
     },
     entry_points={"console_scripts": ["megatron-opd = megatron_opd.cli:main"]},
 )
