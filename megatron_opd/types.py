@@ -35,9 +35,11 @@ class Needs:
     head: int = 0  # K: ids of the K largest b per position, with log b
     draws: int = 0  # m: independent draws per position from b restricted to the ids outside the head (from b itself if head is 0)
     teacher_token: bool = False  # log q of the generated token
-    teacher_head: bool = False  # log q at the rollout's head ids, and the log of the mass outside them
+    teacher_head: bool = False  # log q at the rollout's head ids
+    head_rest: bool = False  # log of the mass of p and of q outside the head ids
     teacher_draws: bool = False  # log q at the draws
     teacher_top: int = 0  # K: ids of the K largest q per position, with log q
+    top_rest: bool = False  # log of the mass of p outside those
     divergence: Divergence | None = None  # over the whole vocabulary, from the teacher's hidden states and LM head
     generation: bool = True  # False: the data set's own completions are trained on, nothing is sampled
     moments: bool = False  # entropy and most probable id of the teacher: asked for by the run's diagnostics, not by estimators

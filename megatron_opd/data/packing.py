@@ -136,7 +136,7 @@ def pack(trajectories: Sequence[Trajectory], needs: Needs, *, pad_multiple: int 
             counts=lay(column("rollout.draw_counts"), empty=(1,)) if name == "draw" else None,
             behaviour_logp=lay(column(f"rollout.{name}_logp"), empty=(1,)) if behaviour else None,
             teacher_logp=lay(column(f"teacher.{name}_logp"), empty=(1,)) if teacher else None,
-            teacher_log_rest=lay(column("teacher.head_log_rest")) if name == "head" and teacher else None,
+            teacher_log_rest=lay(column("teacher.head_log_rest")) if name == "head" and needs.head_rest else None,
         )
 
     def lay_column(array: str, *, wanted: bool, dtype: type = np.float32) -> torch.Tensor | None:
@@ -221,7 +221,7 @@ def _shapes(needs: Needs, response: int, distinct: int) -> dict[str, tuple[int, 
         "rollout.draw_sizes": (needs.draws, (response,)),
         "teacher.token_logp": (needs.teacher_token, (response,)),
         "teacher.head_logp": (needs.teacher_head, (response, needs.head)),
-        "teacher.head_log_rest": (needs.teacher_head, (response,)),
+        "teacher.head_log_rest": (needs.head_rest, (response,)),
         "teacher.draw_logp": (needs.teacher_draws, (distinct,)),
         "teacher.top_ids": (needs.teacher_top, (response, needs.teacher_top)),
         "teacher.top_logp": (needs.teacher_top, (response, needs.teacher_top)),

@@ -30,8 +30,8 @@ class ForwardKLTopK:
 
     @property
     def needs(self) -> Needs:
-        """The teacher's K best ids with log q."""
-        return Needs(teacher_top=self.top_k)
+        """The teacher's K best ids with log q, and the student's mass outside them."""
+        return Needs(teacher_top=self.top_k, top_rest=True)
 
     def __call__(self, scores: TokenScores) -> Estimate:
         """The coarse-grained KL(q || p) of each target."""

@@ -31,19 +31,20 @@ class ReverseKLTopK:
 
     @property
     def needs(self) -> Needs:
-        """The head of b with log q there and outside."""
-        return Needs(head=self.head, teacher_head=True)
+        """The head of b with log q there, and outside for the bucket."""
+        return Needs(head=self.head, teacher_head=True, head_rest=self.rest == "bucket")
 
     def __call__(self, scores: TokenScores) -> Estimate:
         """The divergence of each target; its gradient is sum p (log p - log q) grad log p, exactly 0 at p = q."""
         head = scores.head
         assert head is not None and head.teacher_logp is not None, "needs ask for it"
-        assert head.student_log_rest is not None and head.teacher_log_rest is not None, "needs ask for it"
-        logp_TK = torch.cat([head.student_logp, head.student_log_rest[:, None]], 1)
-        logq_TK = torch.cat([head.teacher_logp, head.teacher_log_rest[:, None]], 1)
-        logp_TK, logq_TK = (torch.where(scores.mask[:, None], logp, 0.0) for logp in (logp_TK, logq_TK))
-        support_T = logp_TK.detach()[:, :-1].exp().sum(-1)
+        logp_TK, logq_TK = (torch.where(scores.mask[:, None], logp, 0.0) for logp in (head.student_logp, head.teacher_logp))
+        support_T = logp_TK.detach().exp().sum(-1)
         if self.rest == "renormalised":
-            logp_TK, logq_TK = (logp[:, :-1].log_softmax(-1) for logp in (logp_TK, logq_TK))
+            logp_TK, logq_TK = logp_TK.log_softmax(-1), logq_TK.log_softmax(-1)
+        else:
+            assert head.student_log_rest is not None and head.teacher_log_rest is not None, "needs ask for it"
+            rests = (torch.where(scores.mask, rest, 0.0)[:, None] for rest in (head.student_log_rest, head.teacher_log_rest))
+            logp_TK, logq_TK = (torch.cat([logp, rest], 1) for logp, rest in zip((logp_TK, logq_TK), rests))
         loss_T = (logp_TK.exp() * (logp_TK - logq_TK).detach()).sum(-1)
         return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), "support_mass": support_T})

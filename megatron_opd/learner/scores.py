@@ -49,7 +49,7 @@ def score(
     wrong = [name for name in named if asked[name] != (named[name] is not None)]
     assert not wrong, f"the micro-batch was not packed for {needs}: see {', '.join(wrong)}"
     sets = {name: one for name, one in named.items() if one is not None}
-    with_rest = [name for name in ("head", "top") if name in sets and (name == "top" or needs.teacher_head)]
+    with_rest = [name for name, wanted in (("head", needs.head_rest), ("top", needs.top_rest)) if wanted]
     if needs.divergence and not needs.behaviour_logp and sets.keys() == {"token"}:
         sets = {}  # nobody looks at the generated token
 

@@ -102,12 +102,12 @@ class MegatronTeacher:
             return {}
         ids_nK = torch.cat([batch.token.ids[batch.mask][:, :0], *asked.values()], 1)
         first = 1 if needs.teacher_token else 0
-        rests = [slice(first, first + needs.head)] if needs.teacher_head else []
+        rests = [slice(first, first + needs.head)] if needs.head_rest else []
         found = logps(
             hidden_nD, head_weight(self._model), ids_nK, self._shard, rests=rests, moments=needs.moments, chunk_tokens=_CHUNK_TOKENS
         )
         scores = dict(zip(asked, found.logp.float().split([ids.shape[1] for ids in asked.values()], 1), strict=True))
-        if needs.teacher_head:
+        if needs.head_rest:
             scores["head_log_rest"] = found.log_rest[:, 0].float()
         if needs.moments:
             assert found.entropy is not None and found.best is not None, "asked for"

@@ -30,7 +30,7 @@ class ScriptedTeacher:
             index=rollout.index,
             token_logp=self._logp_V[rollout.response_ids] if needs.teacher_token else None,
             head_logp=self._logp_V[rollout.head_ids] if needs.teacher_head else None,
-            head_log_rest=self._log_rest(rollout.head_ids) if needs.teacher_head else None,
+            head_log_rest=self._log_rest(rollout.head_ids) if needs.head_rest else None,
             draw_logp=self._logp_V[rollout.draw_ids] if needs.teacher_draws else None,
             top_ids=top_ids if needs.teacher_top else None,
             top_logp=self._logp_V[top_ids] if needs.teacher_top else None,

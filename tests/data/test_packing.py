@@ -17,6 +17,7 @@ EVERYTHING = Needs(
     draws=5,
     teacher_token=True,
     teacher_head=True,
+    head_rest=True,
     teacher_draws=True,
     teacher_top=4,
     divergence=Divergence(kind="reverse"),

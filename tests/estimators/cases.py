@@ -95,7 +95,7 @@ def micro_batch(needs, q_logits, b_logits, tokens, draws, mask=None, teacher_hid
         sequences=(torch.arange(num_tokens) >= half).long(),
         mask=torch.ones(num_tokens, dtype=torch.bool) if mask is None else mask,
         token=id_set(tokens, needs.behaviour_logp, needs.teacher_token),
-        head=id_set(largest(b_logp, needs.head), True, needs.teacher_head, rest=needs.teacher_head) if needs.head else None,
+        head=id_set(largest(b_logp, needs.head), True, needs.teacher_head, rest=needs.head_rest) if needs.head else None,
         draws=id_set(draw_ids, True, needs.teacher_draws, counts) if needs.draws else None,
         top=id_set(largest(q_logp, needs.teacher_top), False, True) if needs.teacher_top else None,
         teacher_hidden=teacher_hidden if needs.divergence else None,
@@ -123,7 +123,7 @@ def dense_scores(student_logits, batch, needs, q_logits=None):
             student_logp=logp.gather(1, one.ids),
             behaviour_logp=one.behaviour_logp,
             teacher_logp=one.teacher_logp,
-            student_log_rest=log_outside(logp, one.ids) if name == "top" or one.teacher_log_rest is not None else None,
+            student_log_rest=log_outside(logp, one.ids) if {"head": needs.head_rest, "top": needs.top_rest}.get(name) else None,
             teacher_log_rest=one.teacher_log_rest,
         )
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_built_is_answered_with_the_nearest_right_thing(name, set
 
 def test_mixed_estimators_must_agree_on_what_is_cached():
     parts = {"first": build("head_tail_reverse_kl", {}), "second": build("forward_kl_topk", {"top_k": 8})}
-    assert Mix(**parts).needs == replace(parts["first"].needs, teacher_top=8)
+    assert Mix(**parts).needs == replace(parts["first"].needs, teacher_top=8, top_rest=True)
     for second, message in {
         ("head_tail_reverse_kl", "head"): "head=16 and head=4",
         ("sampled_reverse_kl", "draws"): "draws=16 and draws=4",

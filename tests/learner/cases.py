@@ -50,7 +50,7 @@ def _trajectory(index: int, prompt: int, response: int, needs: Needs, vocab: int
         index=index,
         token_logp=at(logq, tokens[:, None])[:, 0] if needs.teacher_token else None,
         head_logp=at(logq, head) if needs.teacher_head else None,
-        head_log_rest=log_outside(logq, head) if needs.teacher_head else None,
+        head_log_rest=log_outside(logq, head) if needs.head_rest else None,
         draw_logp=merge(draws, at(logq, draws))[3] if needs.teacher_draws else None,
         top_ids=top if needs.teacher_top else None,
         top_logp=at(logq, top) if needs.teacher_top else None,
