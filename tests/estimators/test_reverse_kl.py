@@ -15,6 +15,12 @@ def policies(vocab, seed):
     return logits(1, vocab, seed), logits(1, vocab, seed + 100), logits(1, vocab, seed + 200)
 
 
+def near_policies(vocab, seed):
+    """The same with a student that has moved a little from b, and a teacher that is not far."""
+    p = logits(1, vocab, seed)
+    return p, p + logits(1, vocab, seed + 100, scale=0.7), p + logits(1, vocab, seed + 200, scale=0.2)
+
+
 def outcomes(estimator, q, b):
     """(probability, tokens, draws) of every way in which the samples of one position can fall."""
     vocab, needs = q.shape[1], estimator.needs
@@ -64,13 +70,26 @@ def variance(estimator, p, q, b):
 
 def test_the_variance_falls_as_one_over_the_number_of_draws():
     p, q, b = policies(9, 5)
-    one, two, three = (variance(HeadTailReverseKL(head=3, draws=m), p, q, b) for m in (1, 2, 3))
+    one, two, three = (variance(HeadTailReverseKL(head=3, draws=m, baseline=False), p, q, b) for m in (1, 2, 3))
     torch.testing.assert_close(two, one / 2)
     torch.testing.assert_close(three, one / 3)
 
 
+def test_the_baseline_takes_variance_away():
+    T, V = 3000, 60
+    p, q, b = (torch.cat(parts) for parts in zip(*(near_policies(V, seed) for seed in range(T))))
+    p.requires_grad_()
+    (exact,) = torch.autograd.grad(reverse_kl(p, q).sum(), p)
+    deviations = []
+    for baseline in (True, False):
+        estimator = HeadTailReverseKL(head=8, draws=8, baseline=baseline)
+        (grad,) = torch.autograd.grad(estimator(scores_for(estimator.needs, p, q, b)).loss.sum(), p)
+        deviations.append((grad - exact).square().sum(-1).mean())
+    assert deviations[0] < 0.9 * deviations[1]
+
+
 def test_head_and_tail_vary_less_than_as_many_draws():
-    p, q, b = policies(12, 6)
+    p, q, b = near_policies(12, 6)
     of_four_draws = variance(SampledReverseKL(), p, q, b) / 4
     assert variance(HeadTailReverseKL(head=2, draws=2), p, q, b) < of_four_draws
 
