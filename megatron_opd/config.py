@@ -136,6 +136,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("learner.optimizer", self, "lr", "eps")
+        for name in ("warmup_steps", "clip_grad", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"learner.optimizer.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"learner.optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
         _require(0 <= self.min_lr_ratio <= 1, f"learner.optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
 
 
@@ -222,18 +226,22 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         _positive("guard", self, "window")
+        _require(self.length_growth == 0 or self.length_growth > 1, f"guard.length_growth={self.length_growth} must be 0 or more than 1")
+        _require(0 <= self.support_mass < 1, f"guard.support_mass={self.support_mass} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What the end of a run measures on held-out prompts."""
+    """What the end of a run measures on held-out prompts: accuracy, and KL with the teacher's q over its own whole vocabulary."""
 
     prompts: str = ""  # JSON lines; empty: no evaluation
     verifier: str = ""  # `file.py:function` or `package.module:function`, (record, completion) -> 0..1; empty: KL only
     limit: int = 0  # first n prompts; 0 means all
+    timeout_s: float = 3600.0  # for the whole evaluation
     dtype: Literal["bfloat16", "float32"] = "float32"
 
     def __post_init__(self) -> None:
+        _require(self.limit >= 0, f"eval.limit={self.limit} must be 0 or more")
         _require(not self.verifier or bool(self.prompts), "eval.verifier is set but eval.prompts is empty; name the held-out prompts")
 
 
@@ -257,8 +265,6 @@ class Config:
             self.teacher.backend == "none" or bool(self.teacher.path),
             "teacher.path is missing; name a Hugging Face folder or set teacher.backend=none",
         )
-        warmup = self.learner.optimizer.warmup_steps
-        _require(warmup < self.loop.steps, f"learner.optimizer.warmup_steps={warmup} must be less than loop.steps={self.loop.steps}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import PromptSource
+from megatron_opd.errors import GuardError
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
 from megatron_opd.runtime.rpc import Peer, least_busy
@@ -125,12 +126,25 @@ class Controller:
             if self._config.loop.exact_lag:
                 end = self._config.loop.batch * min(version + self._config.loop.max_lag, self._config.loop.steps)
                 await self._store.finished(end)
+            settled = time.monotonic()
             parts = await self._publish(version)
             await self._store.release(version)
-            seconds = {"wait": waited - started, "train": trained - waited, "publish": time.monotonic() - trained}
-            self._account(report, seconds, parts, batch)
-            if self._config.loop.export_every and version % self._config.loop.export_every == 0:
-                await self._roles.learner.call(Export(path=f"{export_path}-{version}"), self._timeout_s)
+            wait_s = waited - started + settled - trained
+            self._account(report, {"wait": wait_s, "train": trained - waited, "publish": time.monotonic() - settled}, parts, batch)
+            await self._export_and_guard(report, batch, export_path)
+
+    async def _export_and_guard(self, report: StepReport, batch: Sequence[Trajectory], export_path: str) -> None:
+        """Writes the student where it is due, and where the guard stops the run: what went wrong can be looked at."""
+        every, path = self._config.loop.export_every, f"{export_path}-{report.version}"
+        if every and report.version % every == 0:
+            await self._roles.learner.call(Export(path=path), self._timeout_s)
+        if not self._roles.rollouts:
+            return
+        try:
+            self._guard.watch(report, sum(len(trajectory.rollout.response_ids) for trajectory in batch) / len(batch))
+        except GuardError:
+            await self._roles.learner.call(Export(path=path), self._timeout_s)
+            raise
 
     async def _open_transport(self) -> None:
         """Joins learner and rollouts into one weight group and sends version 0: what is sampled is what is trained."""
@@ -185,6 +199,4 @@ class Controller:
         assert max(report.lags, default=0) <= self._config.loop.max_lag, f"lag {max(report.lags)} exceeds loop.max_lag: the store is broken"
         lengths = [len(trajectory.rollout.response_ids) for trajectory in batch]
         stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch)
-        mean_length = sum(lengths) / len(lengths)
-        self._log.write(report, seconds, mean_length=mean_length, stopped=stopped / len(batch))
-        self._guard.watch(report, mean_length)
+        self._log.write(report, seconds, mean_length=sum(lengths) / len(lengths), stopped=stopped / len(batch))

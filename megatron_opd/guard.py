@@ -1,4 +1,4 @@
-"""Stops a run that goes wrong while there is still something to go back to. It knows reports, and refuses to know why."""
+"""Stops a run that goes wrong. It knows reports, and refuses to know why; `loop.export_every` leaves something to go back to."""
 
 from collections import deque
 

@@ -1,7 +1,9 @@
 """Runs all roles of a job on this machine and watches them: the first to die ends the run, and nobody outlives it."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +48,7 @@ def prepare(config: Config) -> Path:
         ConfigError: it already holds a run, or cannot be written.
     """
     folder = Path(config.run.dir)
+    _clear_failed_start(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"run.dir={folder} is not empty; name a new directory, or remove the old run")
     try:
@@ -55,6 +58,15 @@ def prepare(config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error}") from error
     return folder
+
+
+def _clear_failed_start(folder: Path) -> None:
+    """Removes what a run left that ended before its first step; a directory with anything else in it stays as it is."""
+    made = {"config.yaml", "controller.json", "keys", "logs", "metrics.jsonl", "rendezvous", "tensorboard"}
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    steps = folder / "metrics.jsonl"
+    if "config.yaml" in found and found <= made and not (steps.exists() and steps.stat().st_size):
+        shutil.rmtree(folder)
 
 
 class Children:
@@ -113,14 +125,17 @@ class Children:
         os.set_blocking(reading, False)
         self._children.append(Child(process=process, popen=popen, log=log, report=os.fdopen(reading, "rb")))
 
-    def watch(self, leader: str, show: Callable[[], None]) -> None:
+    def watch(self, leader: str, show: Callable[[], None], *, timeout_s: float = math.inf) -> None:
         """Returns when the leader has ended well and all others after it; meanwhile calls `show` many times a second.
 
         Raises:
-            RoleDied: any role failed or was killed.
+            RoleDied: any role failed or was killed, or the leader took longer than `timeout_s`.
         """
+        limit = time.monotonic() + timeout_s
         while any(child.popen.poll() is None for child in self._children if child.process.role == leader):
             self._raise_if_any_failed()
+            if time.monotonic() > limit:
+                raise RoleDied(f"{leader} did not end within {timeout_s:g} s; see {self._folder / 'logs'}")
             show()
             time.sleep(0.05)
         deadline = time.monotonic() + _GRACE_S

@@ -1,5 +1,6 @@
 """Everything about a run that can be refused before a process starts."""
 
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def build_estimator(config: Config) -> Estimator:
         raise ConfigError(f"estimator.weight={chosen.weight} weighs the first of two estimators; name the second as estimator.plus")
     needs, teacher = estimator.needs, config.teacher.backend
     name = " + ".join(filter(None, (chosen.name, chosen.plus)))
+    _check_needs(name, needs)
+    if config.loop.exact_lag and not needs.generation:
+        raise ConfigError(f"estimator {name} trains on given completions, which have no lag; set loop.exact_lag=false")
     if needs.teacher and teacher == "none":
         raise ConfigError(f"estimator {name} needs a teacher; set teacher.backend=megatron or vllm and teacher.path")
     if not needs.teacher and teacher != "none":
@@ -68,6 +72,16 @@ def build_estimator(config: Config) -> Estimator:
             f"rollout.top_p={config.rollout.top_p} cuts b to 0; set rollout.top_p=1"
         )
     return estimator
+
+
+def _check_needs(name: str, needs: Needs) -> None:
+    """An estimator of the user's own may ask for what cannot be."""
+    scored = {"teacher_head": needs.head, "head_rest": needs.teacher_head, "teacher_draws": needs.draws, "top_rest": needs.teacher_top}
+    for wanted, on in scored.items():
+        if getattr(needs, wanted) and not on:
+            raise ConfigError(f"estimator {name} needs {wanted} of ids that it does not ask for; see megatron_opd/types.py, Needs")
+    if not needs.generation and (needs.behaviour_logp or needs.head or needs.draws):
+        raise ConfigError(f"estimator {name} needs generation=False and what only a rollout knows; choose one")
 
 
 def needs_of(config: Config) -> Needs:
@@ -103,8 +117,16 @@ def check(config: Config) -> Checked:
     if config.eval.prompts:
         _check_length(config, "student", student)
     if config.eval.verifier:
-        load_object(config.eval.verifier, "eval.verifier")
+        _check_verifier(config)
     return Checked(records=records, heldout=load_heldout(config, tokenizer))
+
+
+def _check_verifier(config: Config) -> None:
+    verifier = load_object(config.eval.verifier, "eval.verifier")
+    try:
+        inspect.signature(verifier).bind({}, "")
+    except TypeError as error:
+        raise ConfigError(f"eval.verifier={config.eval.verifier} must be callable as verifier(record, completion): {error}") from error
 
 
 def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
@@ -130,6 +152,11 @@ def _check_teacher(config: Config, student: PretrainedConfig) -> None:
         raise ConfigError(
             f"the teacher's vocab_size={teacher.vocab_size} is not the student's {student.vocab_size}, and vLLM cannot leave out the ids "
             f"that the student lacks; set teacher.backend=megatron"
+        )
+    if config.eval.prompts and settings.pipeline_parallel > 1:
+        raise ConfigError(
+            f"the evaluation scores with vLLM on teacher.tensor_parallel={settings.tensor_parallel} ranks alone, not on "
+            f"teacher.pipeline_parallel={settings.pipeline_parallel} times as many; set eval.prompts= and evaluate the export by itself"
         )
     require_same_tokens(config.student.path, settings.path)
     _check_length(config, "teacher", teacher)

@@ -116,14 +116,14 @@ def _learner(config: Config, process: Process) -> None:
     if config.run.device == "cuda":
         mark_operations()
     ranks = _ranks(config, process)
-    given = config.teacher
+    given = config.teacher if config.teacher.backend != "none" else None
     student = StudentModel(
         path=config.student.path,
         hf_config=load_hf_config(config.student.path),
         steps=config.loop.steps,
         seed=config.run.seed,
         device=config.run.device,
-        teacher=TeacherHead(path=given.path, hf_config=load_hf_config(given.path), dtype=given.dtype) if given.path else None,
+        teacher=TeacherHead(path=given.path, hf_config=load_hf_config(given.path), dtype=given.dtype) if given else None,
         teacher_moments=needs_of(config).moments,
     )
     learner = Learner(student, config.learner, build_estimator(config), ranks)

@@ -40,7 +40,11 @@ def test_config_is_frozen():
         ({"teacher": {"backend": "vllm", "pipeline_parallel": 2}}, "needs teacher.backend=megatron"),
         ({"learner": {"sequence_parallel": True}}, "learner.tensor_parallel > 1"),
         ({"eval": {"verifier": "a.py:f"}}, r"eval\.prompts is empty"),
-        ({"learner": {"optimizer": {"warmup_steps": 100}}}, "warmup_steps=100 must be less than loop.steps=100"),
+        ({"learner": {"optimizer": {"warmup_steps": -1}}}, "warmup_steps=-1 must be 0 or more"),
+        ({"learner": {"optimizer": {"beta2": 1.0}}}, r"beta2=1.0 must lie in \[0, 1\)"),
+        ({"eval": {"limit": -5}}, "eval.limit=-5 must be 0 or more"),
+        ({"guard": {"length_growth": -1}}, "length_growth=-1.0 must be 0 or more than 1"),
+        ({"guard": {"support_mass": 5}}, r"support_mass=5.0 must lie in \[0, 1\)"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(sections, message):

@@ -136,9 +136,9 @@ def play(tmp_path, max_lag, learner, length=stragglers, replicas=2, **loop):
                 )
                 tasks.append(start("rollout", replica, rollout_answer(ScriptedRollout(script))))
             peers = Roles(
-                learner=(await hub.peers("learner", 1, 10))[0],
-                rollouts=await hub.peers("rollout", replicas, 10),
-                teachers=await hub.peers("teacher", 1, 10),
+                learner=(await hub.peers("learner", 1, 60))[0],
+                rollouts=await hub.peers("rollout", replicas, 60),
+                teachers=await hub.peers("teacher", 1, 60),
             )
             log = StepLog(tmp_path)
             controller = Controller(config, PromptSource([record], seed=0, shuffle=False), peers, log)

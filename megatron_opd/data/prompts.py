@@ -89,6 +89,8 @@ def _record(line: str, place: str, tokenizer: PreTrainedTokenizerBase, config: D
         raise DataError(f"{place}: got {type(fields).__name__}, wanted a JSON object")
     text = _text(fields, config.prompt_field, place, "data.prompt_field")
     if config.chat_template:
+        if not tokenizer.chat_template:
+            raise DataError("data.chat_template=true, but the student's tokenizer has no chat template; add one or set it to false")
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     else:

@@ -42,7 +42,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Estimator:
     """
     kind = load_object(name, "estimator.name") if ":" in name else REGISTRY.get(name)
     if kind is None:
-        raise ConfigError(f"unknown estimator.name={name}; {_nearest(name, REGISTRY)}; your own is package.module:Class or file.py:Class")
+        raise ConfigError(f"unknown estimator.name={name}; {_nearest(name, REGISTRY)} (your own: package.module:Class or file.py:Class)")
     if not (isinstance(kind, type) and is_dataclass(kind) and "needs" in dir(kind)):
         raise ConfigError(f"estimator.name={name} must name a dataclass with `needs` and `__call__`, like those of megatron_opd/estimators")
     known = [field.name for field in fields(kind)]

@@ -24,6 +24,8 @@ import torch
 from megatron_opd.errors import ConfigError
 from megatron_opd.types import IdScores, TokenScores
 
+_LARGEST = 40.0  # nats: a ratio beyond e^40 trains nothing, and its exponential must stay finite
+
 Kind = Literal["ratio", "none", "ppo", "truncated", "decoupled", "m2po", "sequence"]
 
 
@@ -31,7 +33,7 @@ def log_ratio(ids: IdScores, mask_T: torch.Tensor) -> torch.Tensor:
     """log p - log b [T, K], differentiable; 0 without gradient where `mask` is False, whose rows may hold any numbers, and for filling."""
     assert ids.behaviour_logp is not None, "the estimator's needs must ask for log b of these ids"
     counted = mask_T[:, None] if ids.counts is None else mask_T[:, None] & (ids.counts > 0)
-    return torch.where(counted, ids.student_logp - ids.behaviour_logp, 0.0)
+    return torch.where(counted, ids.student_logp - ids.behaviour_logp, 0.0).clamp_max(_LARGEST)
 
 
 def shares(ids: IdScores, num_draws: int) -> torch.Tensor | float:
@@ -82,7 +84,7 @@ class Correction:
         """
         weight = (scores.mask[:, None] & torch.ones_like(log_r, dtype=torch.bool)).to(log_r.dtype)
         weight = weight if ids.counts is None else weight * ids.counts
-        weight, square = weight.flatten(), log_r.square().flatten()
+        weight, square = weight.flatten().double(), log_r.square().flatten().double()  # sums over all responses, whose ends are subtracted
         sequence = scores.sequences[:, None].expand_as(log_r).flatten()
         order = square.argsort(stable=True)
         order = order[sequence[order].argsort(stable=True)]  # by sequence, and by rising square within one

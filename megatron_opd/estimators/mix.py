@@ -35,10 +35,8 @@ class Mix:
             if one and other and one != other:
                 raise ConfigError(f"the mixed estimators need {name}={one} and {name}={other}; give both the same size")
             both[name] = one or other
-        if (first.draws and first.head) != (second.draws and second.head) and first.draws and second.draws:
-            raise ConfigError(
-                "one of the mixed estimators draws from the whole vocabulary, the other from outside a head; give both the same head"
-            )
+        if any(part.draws and part.head != both["head"] for part in (first, second)):
+            raise ConfigError("one of the mixed estimators draws from all of b, but the other's head would be left out of its draws")
         return replace(first, **both)
 
     def __call__(self, scores: TokenScores) -> Estimate:

@@ -41,7 +41,7 @@ def build(
         max_lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=steps,
+        lr_decay_steps=max(steps, settings.warmup_steps + 1),  # a run may end before its warm-up does
         lr_decay_style=settings.decay,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

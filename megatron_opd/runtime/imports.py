@@ -21,8 +21,8 @@ def load_object(reference: str, setting: str) -> Any:
         raise ConfigError(f"{setting}={reference!r} is not of the form package.module:name or file.py:name")
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (ImportError, FileNotFoundError, SyntaxError) as error:
-        raise ConfigError(f"{setting}={reference!r} cannot be imported: {error}") from error
+    except Exception as error:  # the user's own file may raise anything
+        raise ConfigError(f"{setting}={reference!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         raise ConfigError(f"{setting}={reference!r}: {place} has no {name!r}")
     return getattr(module, name)

@@ -24,6 +24,7 @@ from megatron_opd.errors import ConfigError, HungUpError, PeerError
 from megatron_opd.runtime import wire
 from megatron_opd.types import Address, Hello
 
+_ZAP = "inproc://zeromq.zap.01"  # where libzmq looks for the authenticator of a context
 _MAX_MESSAGE_BYTES = 16 << 30
 _HEARTBEAT_MS = 5_000
 
@@ -71,7 +72,7 @@ class Hub:
     """The controller's socket. Use as an async context manager; its reader task wakes the callers."""
 
     def __init__(self, keys: Path, host: str, port: int) -> None:
-        context = zmq.asyncio.Context()  # its own: a context has one place for an authenticator, and closing one takes a while
+        context = zmq.asyncio.Context.instance()
         self._authenticator = AsyncioAuthenticator(context)
         self._keys, self._host = keys, host
         self._socket = context.socket(zmq.ROUTER)
@@ -104,6 +105,8 @@ class Hub:
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._reader.cancel()
+        if self._authenticator.zap_socket is not None:
+            self._authenticator.zap_socket.unbind(_ZAP)  # at once, whereas closing frees the address some time later
         self._authenticator.stop()
         self._socket.close()
 

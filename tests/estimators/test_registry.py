@@ -88,8 +88,9 @@ def test_mixed_estimators_must_agree_on_what_is_cached():
     }.items():
         with pytest.raises(ConfigError, match=message):
             Mix(first=parts["first"], second=build(second[0], {second[1]: 4}))
-    with pytest.raises(ConfigError, match="draws from the whole vocabulary"):
-        Mix(first=parts["first"], second=build("sampled_reverse_kl", {"draws": 16}))
+    for headed in ("head_tail_reverse_kl", "reverse_kl_topk"):
+        with pytest.raises(ConfigError, match="draws from all of b"):
+            Mix(first=build("sampled_reverse_kl", {"draws": 16}), second=build(headed, {}))
     with pytest.raises(ConfigError, match="given completions"):
         Mix(first=parts["first"], second=build("sft", {}))
 

@@ -33,7 +33,7 @@ def with_teachers(count, play, tmp_path):
             threads = [threading.Thread(target=answer_until_stopped, args=(keys, hub.address, i), daemon=True) for i in range(count)]
             for thread in threads:
                 thread.start()
-            peers = await hub.peers("teacher", count, 10)
+            peers = await hub.peers("teacher", count, 60)
             await play(hub, peers)
             for peer in peers:
                 await peer.call(Stop(), 5)
