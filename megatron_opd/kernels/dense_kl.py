@@ -3,8 +3,8 @@
 Knows tensor and sequence parallelism, so that nobody above does; neither model's full logits ever exist. The teacher's head is
 sharded as the student's is, so the logits of a token meet on the rank that owns them and only sums per token travel.
 
-Dimension key: T packed targets, C tokens of one chunk, D hidden size of the student, E of the teacher, v vocabulary rows of
-this rank; [T, 2] is (student, teacher).
+Dimension key: T packed targets, C tokens of one chunk, r tokens of one stripe, D hidden size of the student, E of the teacher,
+v vocabulary rows of this rank, S ranks; 2 is (student, teacher).
 
 With z, u the logits / temperature of student p and teacher q, all sums global and x_j = log p_j - log q_j:
 
@@ -13,36 +13,37 @@ With z, u the logits / temperature of student p and teacher q, all sums global a
     J = beta KL(q||m) + (1 - beta) KL(p||m)          dJ/dz_j = (1 - beta) p_j (log p_j - log m_j - KL(p||m))
 
 The mixture m = beta q + (1 - beta) p of the generalised Jensen-Shannon divergence (arXiv 2306.13649) is known only once both
-distributions are normalised, so J passes over the vocabulary twice in forward; log m_j - log p_j = log(beta e^{-x_j} + 1 - beta).
+distributions are normalised, so J passes over a chunk's logits once more; log m_j - log p_j = log(beta e^{-x_j} + 1 - beta).
 Equal logits have x_j = 0 exactly, hence R, F and their gradients are 0; those of J are 0 up to one rounding error.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_opd.kernels.logits import (
     LOG_ZERO,
+    HeadGradients,
     Plan,
     add_up,
     all_targets,
-    best_ids,
-    chunks,
+    chunk_logits,
     count_targets,
     head_backward,
     kept_tokens,
-    largest,
-    logits,
+    largest_in_row,
+    side_by_side,
+    stripes,
     true_rows,
     wide,
 )
 from megatron_opd.types import Divergence, VocabShard
 
-_Model = tuple[torch.Tensor, torch.Tensor]  # hidden states of the targets that count, true rows of the head
+Schedule = Literal["forward", "recompute"]  # when gradients are made: beside the logits in forward, or from new ones in backward
+
+FAR = 80.0  # nats: where p and q are further apart than this the smaller one counts for nothing, and e^gap is finite in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,14 @@ def dense_kl(
     rows: torch.Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
+    schedule: Schedule = "forward",
 ) -> DenseKL:
     """The `divergence` between student and teacher per target, differentiable in the student alone, and what to watch beside it.
 
-    All is the same on every rank of the group; each rank must call it and must derive the same loss from it. Forward and
-    backward hold about five times the logits of `chunk_tokens` tokens.
+    All is the same on every rank of the group; each rank must call it and must derive the same loss from it. Two times the
+    logits of `chunk_tokens` tokens exist at a time. The schedule "forward" multiplies each logit's row four times, and keeps the
+    gradient of the head in float32 from forward to backward; it is for losses whose gradient is the same for all targets that
+    count, a sum or a mean, and falls back to the other one, which multiplies six times and keeps numbers per token, elsewhere.
 
     Args:
         hidden: [T, D], or [T / tp, D] when `shard.sequence_parallel`: gathered here, its gradient reduce-scattered.
@@ -83,6 +87,7 @@ def dense_kl(
         rows: [T] bool, the targets that count; the others cost nothing and come back as 0 without gradient. None: all.
         temperature: divides the logits of both.
         chunk_tokens: tokens whose logits exist at a time.
+        schedule: when gradients are made.
     """
     num_targets = count_targets(hidden, shard)
     assert hidden.dtype == head.dtype, f"hidden is {hidden.dtype}, head is {head.dtype}: matmul wants one dtype"
@@ -92,13 +97,17 @@ def dense_kl(
     kept = None if rows is None else rows.nonzero()[:, 0]
     plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens)
     teacher_TE = teacher_hidden if kept is None else teacher_hidden[kept]
-    sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan)
+    schedule = schedule if torch.is_grad_enabled() else "recompute"  # nobody goes backward
+    sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan, schedule)
     loss, kl, student_entropy, teacher_entropy, agree = (all_targets(one, plan, num_targets) for one in sums)
     return DenseKL(divergence=loss, kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy, agree=agree)
 
 
 class _DenseKL(torch.autograd.Function):
-    """Forward keeps [T] sums; backward computes the logits of both anew."""
+    """Forward keeps numbers per token and, in the schedule of that name, the gradients for an upstream gradient of 1.
+
+    Backward scales those where all targets have the same upstream gradient; otherwise it computes the logits of both anew.
+    """
 
     @staticmethod
     def forward(
@@ -109,42 +118,111 @@ class _DenseKL(torch.autograd.Function):
         teacher_head: torch.Tensor,
         divergence: Divergence,
         plan: Plan,
+        schedule: Schedule,
     ) -> tuple[torch.Tensor, ...]:
         student = kept_tokens(hidden, plan), true_rows(head, plan.shard)
         teacher = teacher_TE, true_rows(teacher_head, plan.shard)
-        norm_T2, entropy_T2, forward_T, reverse_T, agree_T = _both_ways(student, teacher, plan)
-        if divergence.kind == "jsd":
-            mean_T, teacher_T = _to_mixture(student, teacher, plan, norm_T2, divergence.weight).unbind(1)
-            loss_T = divergence.weight * teacher_T + (1 - divergence.weight) * mean_T
-        else:
-            share = _forward_share(divergence)
-            mean_T, loss_T = reverse_T, share * forward_T + (1 - share) * reverse_T
-        ctx.save_for_backward(hidden, head, teacher_TE, teacher_head, norm_T2, mean_T)
-        ctx.divergence, ctx.plan = divergence, plan
-        watched = reverse_T.clone(), *entropy_T2.unbind(1), agree_T
+        dtype, needs = wide(hidden.dtype), ctx.needs_input_grad[:2]
+        gradients = HeadGradients(student, head, plan, needs) if schedule == "forward" and any(needs) else None
+        found_8T = torch.empty(8, student[0].shape[0], dtype=dtype, device=hidden.device)
+        for c, logits_2Cv in chunk_logits([student, teacher], plan):
+            found_8T[:, c] = _per_token(logits_2Cv, plan, divergence, dtype)
+            if gradients is not None:
+                for r, x_2rv in stripes(logits_2Cv, plan, dtype):
+                    norm_2r, mean_r = found_8T[:2, c][:, r], found_8T[2, c][r]
+                    logits_2Cv[0][r] = _gradient(x_2rv, norm_2r, mean_r, divergence)
+                gradients.add(c, logits_2Cv[0])
+        ctx.save_for_backward(hidden, head, teacher_TE, teacher_head, found_8T[:3].clone())
+        ctx.divergence, ctx.plan, ctx.gradients = divergence, plan, gradients
+        loss_T, *watched = (one_T.clone() for one_T in found_8T[3:])
         ctx.mark_non_differentiable(*watched)
         return loss_T, *watched
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor, *_: Any) -> tuple:
-        hidden, head, teacher_TE, teacher_head, norm_T2, mean_T = ctx.saved_tensors
-        divergence, plan = ctx.divergence, ctx.plan
-        teacher_rows_vE = true_rows(teacher_head, plan.shard)
+        hidden, head, teacher_TE, teacher_head, found_3T = ctx.saved_tensors
+        if ctx.gradients is not None and (grad_T == grad_T[:1]).all():
+            scale = grad_T[0].item() if len(grad_T) else 1.0
+            return *ctx.gradients.finish(hidden, head, scale), None, None, None, None, None
 
-        def dlogits(c: slice, z_Cv: torch.Tensor) -> torch.Tensor:
-            u_Cv = logits(teacher_TE[c], teacher_rows_vE, plan.temperature).to(z_Cv.dtype)
-            logp_Cv, logq_Cv = z_Cv.sub_(norm_T2[c, :1]), u_Cv.sub_(norm_T2[c, 1:])
-            gap_Cv = logp_Cv - logq_Cv
-            p_Cv = logp_Cv.exp_()
-            if divergence.kind == "jsd":
-                dz_Cv = p_Cv.mul_(_log_mixture(gap_Cv, divergence.weight).add_(mean_T[c, None]).mul_(divergence.weight - 1))
-            else:
-                share = _forward_share(divergence)
-                dz_Cv = p_Cv.mul_(gap_Cv.sub_(mean_T[c, None]).mul_(1 - share).add_(share)).sub_(logq_Cv.exp_().mul_(share))
-            return dz_Cv.mul_(grad_T[c, None])
+        def dlogits(t: slice, x_2rv: torch.Tensor) -> torch.Tensor:
+            return _gradient(x_2rv, found_3T[:2, t], found_3T[2, t], ctx.divergence).mul_(grad_T[t, None])
 
-        return *head_backward(dlogits, hidden, head, plan, ctx.needs_input_grad[:2]), None, None, None, None
+        teachers = [(teacher_TE, true_rows(teacher_head, ctx.plan.shard))]
+        grads = head_backward(dlogits, teachers, hidden, head, ctx.plan, ctx.needs_input_grad[:2])
+        return *grads, None, None, None, None, None
+
+
+def _per_token(logits_2Cv: list[torch.Tensor], plan: Plan, divergence: Divergence, dtype: torch.dtype) -> torch.Tensor:
+    """[8, C] over all ranks: log sum e^z and log sum e^u, the mean that the gradient needs, and the fields of `DenseKL`."""
+    norm_2C, entropy_2C, forward_C, reverse_C, agree_C = _both_ways(logits_2Cv, plan, dtype)
+    if divergence.kind == "jsd":
+        mean_C, teacher_C = _to_mixture(logits_2Cv, plan, norm_2C, divergence.weight)
+        loss_C = divergence.weight * teacher_C + (1 - divergence.weight) * mean_C
+    else:
+        share = _forward_share(divergence)
+        mean_C, loss_C = reverse_C, share * forward_C + (1 - share) * reverse_C
+    return torch.stack([*norm_2C, mean_C, loss_C, reverse_C, *entropy_2C, agree_C])
+
+
+def _both_ways(logits_2Cv: list[torch.Tensor], plan: Plan, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """L = log sum e^z and entropy of both models [2, C]; KL(q||p), KL(p||q) and whether the best ids agree [C]. Over all ranks.
+
+    Every sum is taken of logits less their maximum on this rank, and moved to the maximum over all ranks once it has travelled.
+    Ids travel as numbers of `dtype`: float32 counts to 2^24.
+    """
+    own_52C = torch.zeros(5, 2, len(logits_2Cv[0]), dtype=dtype, device=logits_2Cv[0].device)
+    own_52C[0] = LOG_ZERO
+    for r, x_2rv in stripes(logits_2Cv, plan, dtype):
+        max_2r, column_2r = (one.unflatten(0, (2, -1)) for one in largest_in_row(x_2rv.flatten(0, 1)))
+        z_rv, u_rv = x_2rv.sub_(max_2r[..., None])
+        gap_rv = z_rv - u_rv
+        exp_2rv = x_2rv.exp()
+        own_52C[..., r] = torch.stack(
+            [max_2r, exp_2rv.sum(-1), x_2rv.mul_(exp_2rv).sum(-1), exp_2rv.mul_(gap_rv).sum(-1), column_2r + plan.shard.start]
+        )
+
+    own_max_S2C, sum_S2C, moment_S2C, gap_S2C, best_S2C = side_by_side(own_52C, plan.shard).unbind(1)
+    max_2C = own_max_S2C.amax(0)
+    shift_S2C = own_max_S2C - max_2C
+    moment_S2C = moment_S2C + shift_S2C * sum_S2C
+    gap_S2C = gap_S2C + (shift_S2C[:, :1] - shift_S2C[:, 1:]) * sum_S2C
+    sum_2C, moment_2C, gap_2C = ((one * shift_S2C.exp()).sum(0) for one in (sum_S2C, moment_S2C, gap_S2C))
+    best_2C = best_S2C.masked_fill(shift_S2C < 0, plan.shard.vocab_size).amin(0)
+
+    log_sum_2C = sum_2C.log()
+    mean_gap_2C = gap_2C / sum_2C - (log_sum_2C[0] - log_sum_2C[1])  # of log p - log q under (p, q)
+    agree_C = (best_2C[0] == best_2C[1]).to(dtype)
+    return max_2C + log_sum_2C, log_sum_2C - moment_2C / sum_2C, -mean_gap_2C[1], mean_gap_2C[0], agree_C
+
+
+def _to_mixture(logits_2Cv: list[torch.Tensor], plan: Plan, norm_2C: torch.Tensor, beta: float) -> torch.Tensor:
+    """KL(p||m) and KL(q||m) [2, C] over all ranks."""
+    kl_2C = torch.zeros_like(norm_2C)
+    for r, x_2rv in stripes(logits_2Cv, plan, norm_2C.dtype):
+        logp_rv, logq_rv = x_2rv.sub_(norm_2C[:, r, None])
+        gap_rv = (logp_rv - logq_rv).clamp_(-FAR, FAR)
+        mixture_rv = _log_mixture(gap_rv, beta)
+        p_rv, q_rv = x_2rv.exp_()
+        kl_2C[0, r] = -p_rv.mul_(mixture_rv).sum(-1)
+        kl_2C[1, r] = -q_rv.mul_(gap_rv.add_(mixture_rv)).sum(-1)
+    return add_up(kl_2C, plan.shard)
+
+
+def _gradient(x_2rv: torch.Tensor, norm_2r: torch.Tensor, mean_r: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """Of the logits / temperature of the student [r, v], from those of both, which it writes to."""
+    logp_rv, logq_rv = x_2rv.sub_(norm_2r[..., None])
+    if divergence.kind == "forward":
+        p_rv, q_rv = x_2rv.exp_()
+        return p_rv.sub_(q_rv)
+    gap_rv = logp_rv - logq_rv
+    if divergence.kind == "jsd":
+        mixture_rv = _log_mixture(gap_rv.clamp_(-FAR, FAR), divergence.weight)
+        return mixture_rv.add_(mean_r[:, None]).mul_(logp_rv.exp_()).mul_(divergence.weight - 1)
+    share, p_rv = _forward_share(divergence), logp_rv.exp_()
+    gradient_rv = gap_rv.sub_(mean_r[:, None]).mul_(p_rv)
+    return gradient_rv if not share else gradient_rv.mul_(1 - share).add_(p_rv.sub_(logq_rv.exp_()), alpha=share)
 
 
 def _forward_share(divergence: Divergence) -> float:
@@ -152,60 +230,6 @@ def _forward_share(divergence: Divergence) -> float:
     return {"forward": 1.0, "reverse": 0.0, "skewed": divergence.weight}[divergence.kind]
 
 
-def _logit_pairs(student: _Model, teacher: _Model, plan: Plan) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """The chunks with the logits [C, v] of both models, in the dtype of the student's; none on a rank of padding only."""
-    (hidden_TD, rows_vD), (teacher_TE, teacher_rows_vE) = student, teacher
-    for c in chunks(hidden_TD.shape[0], plan.chunk_tokens) if rows_vD.shape[0] else []:
-        z_Cv = logits(hidden_TD[c], rows_vD, plan.temperature)
-        yield c, z_Cv, logits(teacher_TE[c], teacher_rows_vE, plan.temperature).to(z_Cv.dtype)
-
-
-def _both_ways(student: _Model, teacher: _Model, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """L = log sum e^z and entropy of both models [T, 2]; KL(q||p), KL(p||q) and whether the best ids agree [T]. Over all ranks.
-
-    Every sum is taken of logits less their maximum, and moved from this rank's maximum to that of all ranks before it travels.
-    """
-    num_tokens, new = student[0].shape[0], {"dtype": wide(student[0].dtype), "device": student[0].device}
-    own_max_T2 = torch.full((num_tokens, 2), LOG_ZERO, **new)
-    sum_T2, moment_T2, gap_T2 = torch.zeros((3, num_tokens, 2), **new).unbind()  # of e^x, e^x x and e^x (z - u), for x in (z, u)
-    own_best_T2 = torch.zeros((num_tokens, 2), dtype=torch.int64, device=student[0].device)
-    for c, z_Cv, u_Cv in _logit_pairs(student, teacher, plan):
-        for i, x_Cv in enumerate((z_Cv, u_Cv)):
-            own_max_T2[c, i], row_C = x_Cv.max(-1)
-            own_best_T2[c, i] = row_C + plan.shard.start
-            x_Cv.sub_(own_max_T2[c, i, None])
-        gap_Cv = z_Cv - u_Cv
-        for i, x_Cv in enumerate((z_Cv, u_Cv)):
-            exp_Cv = x_Cv.exp()
-            sum_T2[c, i] = exp_Cv.sum(-1)
-            moment_T2[c, i] = x_Cv.mul_(exp_Cv).sum(-1)
-            gap_T2[c, i] = exp_Cv.mul_(gap_Cv).sum(-1)
-
-    max_T2 = largest(own_max_T2, plan.shard)
-    shift_T2 = own_max_T2 - max_T2
-    moment_T2 = moment_T2 + shift_T2 * sum_T2
-    gap_T2 = gap_T2 + (shift_T2[:, :1] - shift_T2[:, 1:]) * sum_T2
-    sum_T2, moment_T2, gap_T2 = add_up(torch.stack([sum_T2, moment_T2, gap_T2]) * shift_T2.exp(), plan.shard).unbind()
-    best_T2 = best_ids(own_best_T2, own_max_T2, max_T2, plan.shard)
-
-    log_sum_T2 = sum_T2.log()
-    mean_gap_T2 = gap_T2 / sum_T2 - (log_sum_T2[:, :1] - log_sum_T2[:, 1:])  # of log p - log q under (p, q)
-    agree_T = (best_T2[:, 0] == best_T2[:, 1]).to(sum_T2.dtype)
-    return max_T2 + log_sum_T2, log_sum_T2 - moment_T2 / sum_T2, -mean_gap_T2[:, 1], mean_gap_T2[:, 0], agree_T
-
-
-def _to_mixture(student: _Model, teacher: _Model, plan: Plan, norm_T2: torch.Tensor, beta: float) -> torch.Tensor:
-    """KL(p||m) and KL(q||m) [T, 2] over all ranks."""
-    kl_T2 = torch.zeros_like(norm_T2)
-    for c, z_Cv, u_Cv in _logit_pairs(student, teacher, plan):
-        logp_Cv, logq_Cv = z_Cv.sub_(norm_T2[c, :1]), u_Cv.sub_(norm_T2[c, 1:])
-        gap_Cv = logp_Cv - logq_Cv
-        mixture_Cv = _log_mixture(gap_Cv, beta)
-        kl_T2[c, 0] = -logp_Cv.exp_().mul_(mixture_Cv).sum(-1)
-        kl_T2[c, 1] = -logq_Cv.exp_().mul_(gap_Cv.add_(mixture_Cv)).sum(-1)
-    return add_up(kl_T2, plan.shard)
-
-
-def _log_mixture(gap_Cv: torch.Tensor, beta: float) -> torch.Tensor:
-    """log m - log p from log p - log q, precise where p and q are close and finite where they are far apart."""
-    return torch.logaddexp(math.log(beta) - gap_Cv, gap_Cv.new_full((), math.log1p(-beta)))
+def _log_mixture(gap_rv: torch.Tensor, beta: float) -> torch.Tensor:
+    """log m - log p from log p - log q within `FAR`: log(beta e^-gap + 1 - beta)."""
+    return gap_rv.neg().exp_().mul_(beta).add_(1 - beta).log_()

@@ -2,10 +2,14 @@
 
 Knows sharding, padding and which targets count; refuses to know what the logits are for.
 
-Dimension key: T packed targets, C tokens of one chunk, D hidden size, v vocabulary rows of this rank without padding.
+Two sizes are at work: a chunk of tokens is what matrix products are made of, a stripe of its rows what a cache holds while
+the passes over it go on in float32. Between them logits rest as the matrix unit leaves them.
+
+Dimension key: T packed targets, C tokens of one chunk, r tokens of one stripe, D hidden size, v vocabulary rows of this rank
+without padding, N models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +17,12 @@ import torch.distributed as dist
 
 from megatron_opd.types import VocabShard
 
+Model = tuple[torch.Tensor, torch.Tensor]  # hidden states [T, D] of the targets that count, true rows [v, D] of the head
+
 LOG_ZERO = -1e30  # stands for log 0 in maxima: unlike -inf it can be subtracted from itself
+STRIPE = 1 << 17  # logits of one stripe
+BLOCK = 1 << 20  # numbers of a head's gradient that are added up at a time
+SEGMENT = 128  # columns whose maximum is taken first where the column of a row's maximum is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +92,56 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` in the dtype of its inputs, as float32 (float64). A GPU keeps its float32 sums, a CPU rounds them to the input dtype."""
-    if a.is_cuda and a.dtype != wide(a.dtype):
-        return torch.mm(a, b, out_dtype=wide(a.dtype))
-    return torch.mm(a, b).to(wide(a.dtype))
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `matmul` leaves: a GPU its float32 sums, a CPU the same rounded to the dtype of the inputs."""
+    return wide(dtype) if device.type == "cuda" else dtype
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`a @ b` in `product_dtype`."""
+    if product_dtype(a.dtype, a.device) == a.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=wide(a.dtype), out=out)
 
 
 def logits(hidden_CD: torch.Tensor, rows_vD: torch.Tensor, temperature: float) -> torch.Tensor:
     """[C, v] float32 (float64), a fresh tensor that may be written to."""
-    return matmul(hidden_CD, rows_vD.t()).div_(temperature)
+    return matmul(hidden_CD, rows_vD.t()).to(wide(hidden_CD.dtype)).div_(temperature)
+
+
+def chunk_logits(models: Sequence[Model], plan: Plan) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """The logits [C, v] of each model, chunk by chunk, in `product_dtype` and before the temperature; the next chunk takes their place."""
+    num_tokens = models[0][0].shape[0]
+    size = min(plan.chunk_tokens, num_tokens)
+    places = [h.new_empty(size, rows.shape[0], dtype=product_dtype(h.dtype, h.device)) for h, rows in models]
+    for c in chunks(num_tokens, plan.chunk_tokens):
+        yield c, [matmul(h[c], rows.t(), out=place[: c.stop - c.start]) for (h, rows), place in zip(models, places)]
+
+
+def stripes(logits_NCv: Sequence[torch.Tensor], plan: Plan, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of a chunk and their logits / temperature [N, r, v] in `dtype`, to be written to; the next stripe takes their place."""
+    num_tokens, num_rows = logits_NCv[0].shape
+    size = max(1, min(STRIPE // max(1, num_rows), num_tokens))
+    place = logits_NCv[0].new_empty(len(logits_NCv), size, num_rows, dtype=dtype)
+    for r in chunks(num_tokens, size) if num_rows else []:
+        x_Nrv = place[:, : r.stop - r.start]
+        for x_rv, z_Cv in zip(x_Nrv, logits_NCv):
+            x_rv.copy_(z_Cv[r])
+        yield r, x_Nrv if plan.temperature == 1 else x_Nrv.div_(plan.temperature)
+
+
+def largest_in_row(x_rv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum of each row and its column, of equal ones the lowest: `x.max(-1)` in a third of its time."""
+    whole = x_rv.shape[1] // SEGMENT * SEGMENT
+    if not whole:
+        return x_rv.max(-1)
+    segments = [x_rv[:, :whole].unflatten(1, (-1, SEGMENT)).amax(-1)]
+    if whole < x_rv.shape[1]:
+        segments.append(x_rv[:, whole:].amax(-1, keepdim=True))
+    max_r, segment_r = torch.cat(segments, 1).max(-1)
+    first_r1 = (segment_r * SEGMENT).clamp_max_(x_rv.shape[1] - SEGMENT)[:, None]  # columns before the last segment hold less
+    window_rS = x_rv.gather(1, first_r1 + torch.arange(SEGMENT, device=x_rv.device))
+    return max_r, first_r1[:, 0] + window_rS.max(-1).indices
 
 
 def log_sum_parts(logits_Cv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,26 +174,83 @@ def best_ids(best_local: torch.Tensor, max_local: torch.Tensor, max_all: torch.T
     return best
 
 
-# --------------------------------------------------------------------------------------------------------- backward
-def head_backward(
-    dlogits: Callable[[slice, torch.Tensor], torch.Tensor], hidden: torch.Tensor, head: torch.Tensor, plan: Plan, needs: Sequence[bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of `hidden` and `head`, None where `needs` says so; the logits are computed anew.
+def side_by_side(own: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """What each rank has, stacked along a new first dimension [tp, ...]."""
+    if shard.group is None:
+        return own[None]
+    gathered = own.new_empty(shard.group.size() * own.shape[0], *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, own.contiguous(), group=shard.group)
+    return gathered.unflatten(0, (shard.group.size(), -1))
 
-    `dlogits` makes the gradient [C, v] of a chunk's logits from its slice of the targets that count and its logits, which it
-    may write to.
+
+# --------------------------------------------------------------------------------------------------------- gradients
+class HeadGradients:
+    """Gradients of hidden states and head from those of logits, added up in float32 (float64) chunk by chunk."""
+
+    def __init__(self, model: Model, head: torch.Tensor, plan: Plan, needs: Sequence[bool], head_sum: torch.Tensor | None = None) -> None:
+        """`needs` tells which of (hidden, head) is wanted; `head_sum` is where the head's is added to, zeros of its own if None."""
+        self._model, self._plan = model, plan
+        hidden_TD, self._dtype = model[0], head.dtype
+        self._hidden_TD = torch.zeros_like(hidden_TD, dtype=wide(hidden_TD.dtype)) if needs[0] else None
+        self._head = (torch.zeros_like(head, dtype=wide(head.dtype)) if head_sum is None else head_sum) if needs[1] else None
+
+    def add(self, c: slice, dz_Cv: torch.Tensor) -> None:
+        """What follows from the gradient of the logits / temperature of one chunk."""
+        (hidden_TD, rows_vD), scale = self._model, 1 / self._plan.temperature
+        dz_Cv = dz_Cv.to(self._dtype)
+        if self._hidden_TD is not None:
+            self._hidden_TD[c].add_(matmul(dz_Cv, rows_vD), alpha=scale)
+        if self._head is not None:
+            for b in chunks(rows_vD.shape[0], max(1, BLOCK // rows_vD.shape[1])):
+                self._head[b].add_(matmul(dz_Cv[:, b].t(), hidden_TD[c]).to(self._head.dtype), alpha=scale)
+
+    def finish(self, hidden: torch.Tensor, head: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What backward returns for `hidden` and `head`: `scale` times the sums, of all ranks where it is about tokens."""
+        grad_hidden = None
+        if self._hidden_TD is not None:
+            grad_TD = all_targets(self._hidden_TD * scale, self._plan, count_targets(hidden, self._plan.shard))
+            grad_hidden = reduce_tokens(grad_TD, self._plan.shard).to(hidden.dtype)
+        return grad_hidden, None if self._head is None else hand_over(self._head, head, scale)
+
+
+def main_grad(head: torch.Tensor) -> torch.Tensor | None:
+    """Where Megatron's data parallelism adds up the gradient of `head` over micro-batches, if it does so in the dtype that sums need."""
+    main = getattr(head, "main_grad", None) if hasattr(head, "grad_added_to_main_grad") else None
+    return main if main is not None and main.dtype == wide(head.dtype) else None
+
+
+def hand_over(sum_vD: torch.Tensor, head: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """What backward returns for `head`: `scale` times the sum, or what Megatron expects when that is in `main_grad` already.
+
+    There the hook on `head` passes over the returned gradient and looks only whether there is one, unless the head is tied to
+    the embedding (`zero_out_wgrad`): then it adds what it gets, which must be the embedding's gradient alone.
     """
-    need_hidden, need_head = needs
-    hidden_TD, rows_vD = kept_tokens(hidden, plan), true_rows(head, plan.shard)
-    grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=wide(hidden.dtype)) if need_hidden else None
-    grad_head = torch.zeros_like(head, dtype=wide(head.dtype)) if need_head else None
-    for c in chunks(hidden_TD.shape[0], plan.chunk_tokens) if rows_vD.shape[0] else []:
-        dz_Cv = dlogits(c, logits(hidden_TD[c], rows_vD, plan.temperature)).div_(plan.temperature).to(head.dtype)
-        if grad_hidden_TD is not None:
-            grad_hidden_TD[c] = matmul(dz_Cv, rows_vD)
-        if grad_head is not None:
-            grad_head[: rows_vD.shape[0]] += matmul(dz_Cv.t(), hidden_TD[c])
-    if grad_hidden_TD is not None:
-        grad_hidden_TD = all_targets(grad_hidden_TD, plan, count_targets(hidden, plan.shard))
-        grad_hidden_TD = reduce_tokens(grad_hidden_TD, plan.shard).to(hidden.dtype)
-    return grad_hidden_TD, None if grad_head is None else grad_head.to(head.dtype)
+    main = main_grad(head)
+    if main is None:
+        return sum_vD.to(head.dtype) if scale == 1 else torch.mul(sum_vD, scale).to(head.dtype)
+    if sum_vD is not main:
+        main.add_(sum_vD, alpha=scale)
+    head.grad_added_to_main_grad = True
+    return None if getattr(head, "zero_out_wgrad", False) else torch.empty_like(head)
+
+
+def head_backward(
+    dlogits: Callable[[slice, torch.Tensor], torch.Tensor],
+    teachers: Sequence[Model],
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    plan: Plan,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What backward returns for `hidden` and `head`, None where `needs` says so; the logits are computed anew.
+
+    `dlogits` makes the gradient [r, v] of a stripe's logits / temperature from its slice of the targets that count and those
+    logits of student and teachers [1 + len(teachers), r, v], which it may write to.
+    """
+    student = kept_tokens(hidden, plan), true_rows(head, plan.shard)
+    gradients = HeadGradients(student, head, plan, needs, main_grad(head))
+    for c, logits_NCv in chunk_logits([student, *teachers], plan):
+        for r, x_Nrv in stripes(logits_NCv, plan, wide(hidden.dtype)):
+            logits_NCv[0][r] = dlogits(slice(c.start + r.start, c.start + r.stop), x_Nrv)
+        gradients.add(c, logits_NCv[0])
+    return gradients.finish(hidden, head)

@@ -28,13 +28,14 @@ from megatron_opd.kernels.logits import (
     add_up,
     all_targets,
     best_ids,
-    chunks,
+    chunk_logits,
     count_targets,
     head_backward,
     kept_tokens,
     largest,
+    largest_in_row,
     log_sum_parts,
-    logits,
+    stripes,
     true_rows,
     wide,
 )
@@ -126,15 +127,19 @@ class _Logps(torch.autograd.Function):
         grad_TN = grad_TN.masked_fill(empty_TN, 0)
         grad_sum_T = grad_TK.sum(1) + grad_TN.sum(1)
 
-        def dlogits(c: slice, z_Cv: torch.Tensor) -> torch.Tensor:
-            local_CK, mine_CK = _locate(ids_TK[c], z_Cv.shape[1], ctx.plan.shard)
-            dz_Cv = (z_Cv - norm_TM[c, :1]).exp_().mul_(-grad_sum_T[c, None])
-            dz_Cv.scatter_add_(1, local_CK, grad_TK[c] * mine_CK)
-            for n, outside_Cv in enumerate(_outside(z_Cv, local_CK, mine_CK, ctx.rests)):
-                dz_Cv.add_((outside_Cv - norm_TM[c, n + 1, None]).exp_().mul_(grad_TN[c, n, None]))
-            return dz_Cv
+        def dlogits(t: slice, x_1rv: torch.Tensor) -> torch.Tensor:
+            z_rv = x_1rv[0]
+            local_rK, mine_rK = _locate(ids_TK[t], z_rv.shape[1], ctx.plan.shard)
+            of_rests = [
+                (outside_rv - norm_TM[t, n + 1, None]).exp_().mul_(grad_TN[t, n, None])
+                for n, outside_rv in enumerate(_outside(z_rv, local_rK, mine_rK, ctx.rests))
+            ]
+            dz_rv = z_rv.sub_(norm_TM[t, :1]).exp_().mul_(-grad_sum_T[t, None])
+            for one_rv in of_rests:
+                dz_rv.add_(one_rv)
+            return dz_rv.scatter_add_(1, local_rK, grad_TK[t] * mine_rK)
 
-        return *head_backward(dlogits, hidden, head, ctx.plan, ctx.needs_input_grad[:2]), None, None, None, None
+        return *head_backward(dlogits, [], hidden, head, ctx.plan, ctx.needs_input_grad[:2]), None, None, None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,17 +164,22 @@ def _local_sums(
         moment_T=torch.zeros(num_tokens, **new),
         best_T=torch.zeros(num_tokens, dtype=torch.int64, device=hidden_TD.device),
     )
-    for c in chunks(num_tokens, plan.chunk_tokens) if rows_vD.shape[0] else []:
-        z_Cv = logits(hidden_TD[c], rows_vD, plan.temperature)
-        local_CK, mine_CK = _locate(ids_TK[c], rows_vD.shape[0], plan.shard)
-        own.picked_TK[c] = z_Cv.gather(1, local_CK) * mine_CK
-        own.max_TM[c, 0], own.sum_TM[c, 0] = log_sum_parts(z_Cv)
-        if moments:
-            centred_Cv = z_Cv - own.max_TM[c, :1]
-            own.moment_T[c] = centred_Cv.exp().mul_(centred_Cv).sum(-1)
-            own.best_T[c] = z_Cv.argmax(-1) + plan.shard.start
-        for n, outside_Cv in enumerate(_outside(z_Cv, local_CK, mine_CK, rests)):
-            own.max_TM[c, n + 1], own.sum_TM[c, n + 1] = log_sum_parts(outside_Cv)
+    for c, (z_Cv,) in chunk_logits([(hidden_TD, rows_vD)], plan) if rows_vD.shape[0] else []:
+        for r, (z_rv,) in stripes([z_Cv], plan, new["dtype"]):
+            t = slice(c.start + r.start, c.start + r.stop)
+            local_rK, mine_rK = _locate(ids_TK[t], rows_vD.shape[0], plan.shard)
+            own.picked_TK[t] = z_rv.gather(1, local_rK) * mine_rK
+            for n, outside_rv in enumerate(_outside(z_rv, local_rK, mine_rK, rests)):
+                own.max_TM[t, n + 1], own.sum_TM[t, n + 1] = log_sum_parts(outside_rv)
+            if moments:
+                own.max_TM[t, 0], column_r = largest_in_row(z_rv)
+                own.best_T[t] = column_r + plan.shard.start
+            else:
+                own.max_TM[t, 0] = z_rv.amax(-1)
+            exp_rv = z_rv.sub_(own.max_TM[t, :1]).exp()
+            own.sum_TM[t, 0] = exp_rv.sum(-1)
+            if moments:
+                own.moment_T[t] = exp_rv.mul_(z_rv).sum(-1)
     own.max_TM.clamp_min_(LOG_ZERO)
     return own
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_opd.kernels import dense_kl, reference_dense_kl
+from megatron_opd.kernels import dense_kl, logits, reference_dense_kl
 from megatron_opd.types import Divergence, VocabShard
 from tests.kernels.sharding import CUTS, V, groups, rows_of, split, tokens_of, whole_head_gradient, whole_hidden_gradient
 from tests.ranks import run_ranks
@@ -13,6 +13,7 @@ WHOLE = VocabShard(start=0, stop=V, vocab_size=V)
 SOME = torch.tensor([True, False, False, True, True, False, True, False])
 ALL = torch.ones(T, dtype=torch.bool)
 NONE = torch.zeros(T, dtype=torch.bool)
+SCHEDULES = "forward", "recompute"
 FORWARD, REVERSE = Divergence(kind="forward"), Divergence(kind="reverse")
 MIXED = [Divergence(kind=kind, weight=weight) for kind in ("jsd", "skewed") for weight in (0.1, 0.5, 0.9)]
 DIVERGENCES = [FORWARD, REVERSE, *MIXED]
@@ -24,6 +25,11 @@ def case(dtype=torch.float64, num_tokens=T, seed=0):
     shapes = (num_tokens, D), (V, D), (num_tokens, E), (V, E)
     student_and_teacher = [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
     return *student_and_teacher, torch.randn(num_tokens, generator=g, dtype=torch.float64)
+
+
+def evenly(inputs):
+    """The same case with one gradient for all targets, for which gradients made in forward are only scaled."""
+    return *inputs[:-1], torch.full_like(inputs[-1], -0.7)
 
 
 def fields(scores):
@@ -91,6 +97,7 @@ def every_split_on_this_rank():
         for divergence in DIVERGENCES
         for temperature, _, rows in SETTINGS[:3]
     }
+    even = {divergence: reference(divergence, 0.7, evenly(case()), SOME) for divergence in DIVERGENCES}
     narrow = {divergence: reference(divergence, inputs=exact_bfloat16()) for divergence in DIVERGENCES}
     for tp, group in groups().items():
         for name, cuts in CUTS[tp]:
@@ -101,6 +108,10 @@ def every_split_on_this_rank():
                         options = dict(temperature=temperature, chunk_tokens=chunk, rows=rows)
                         where = f"tp {tp}, {name}, sequence parallel {sequence_parallel}, {divergence}, {options}"
                         compare(sharded(shard, divergence, **options), wanted[divergence, temperature], where)
+                    for schedule in SCHEDULES:
+                        options = dict(temperature=0.7, chunk_tokens=3, rows=SOME, schedule=schedule)
+                        where = f"one gradient for all, tp {tp}, {name}, sequence parallel {sequence_parallel}, {divergence}, {options}"
+                        compare(sharded(shard, divergence, evenly(case()), **options), even[divergence], where)
                     where = f"a bfloat16 teacher, tp {tp}, {name}, {divergence}"
                     compare(sharded(shard, divergence, exact_bfloat16()), narrow[divergence], where, rtol=1e-4, atol=1e-5)
                 equal_models(shard)
@@ -200,17 +211,52 @@ def test_a_frozen_input_gets_no_gradient_and_changes_not_the_other(frozen):
     torch.testing.assert_close(head.grad, head_grad if frozen == "hidden" else None)
 
 
-@pytest.mark.parametrize("divergence, passes", [(REVERSE, 1), (MIXED[0], 2)], ids=str)
-def test_logits_of_one_chunk_are_all_that_exists_at_a_time(monkeypatch, divergence, passes):
-    rows = []
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_each_schedule_gives_the_same_gradients_whether_the_upstream_one_is_even_or_not(divergence, schedule):
+    for inputs in (case(), evenly(case())):
+        options = dict(rows=SOME, temperature=0.7, chunk_tokens=3, schedule=schedule)
+        compare(sharded(WHOLE, divergence, inputs, **options), reference(divergence, 0.7, inputs, SOME), options)
 
-    def matmul(a, b):
-        rows.append(len(a))
-        return a @ b
 
-    monkeypatch.setattr("megatron_opd.kernels.logits.matmul", matmul)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_going_backward_twice_gives_the_same_gradient_twice(schedule):
     hidden, head, teacher_hidden, teacher_head, _ = case()
-    scores = dense_kl(hidden.requires_grad_(), head, teacher_hidden, teacher_head, WHOLE, divergence, chunk_tokens=3)
+    scores = dense_kl(hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, WHOLE, REVERSE, schedule=schedule)
+    once, again = (torch.autograd.grad(3 * scores.divergence.sum(), (hidden, head), retain_graph=True) for _ in range(2))
+    for a, b in zip(once, again):
+        assert torch.equal(a, b)
+
+
+def product_sizes(monkeypatch):
+    """A list that grows by the number of rows of every matrix product."""
+    rows, matmul = [], logits.matmul
+
+    def counted(a, b, out=None):
+        rows.append(len(a))
+        return matmul(a, b, out=out)
+
+    monkeypatch.setattr("megatron_opd.kernels.logits.matmul", counted)
+    return rows
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("divergence", [REVERSE, MIXED[0]], ids=str)
+def test_logits_of_one_chunk_are_all_that_exists_at_a_time(monkeypatch, divergence, schedule):
+    rows = product_sizes(monkeypatch)
+    hidden, head, teacher_hidden, teacher_head, _ = case()
+    hidden.requires_grad_()
+    scores = dense_kl(hidden, head, teacher_hidden, teacher_head, WHOLE, divergence, chunk_tokens=3, schedule=schedule)
+    forward = len(rows)
     scores.divergence.sum().backward()
-    both = [3, 3, 3, 3, 2, 2]
-    assert rows == both * passes + [3, 3, 3, 3, 3, 3, 2, 2, 2], "forward for both models, then both anew with the step back"
+    logits_of_both, and_back = [3, 3, 3, 3, 2, 2], [3, 3, 3, 3, 3, 3, 2, 2, 2]
+    wanted = {"forward": (and_back, []), "recompute": (logits_of_both, and_back)}
+    assert (rows[:forward], rows[forward:]) == wanted[schedule]
+
+
+def test_without_gradients_nothing_but_logits_is_computed(monkeypatch):
+    rows = product_sizes(monkeypatch)
+    hidden, head, teacher_hidden, teacher_head, _ = case()
+    with torch.no_grad():
+        dense_kl(hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, WHOLE, REVERSE, chunk_tokens=3)
+    assert rows == [3, 3, 3, 3, 2, 2]
