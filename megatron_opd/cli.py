@@ -1,4 +1,4 @@
-"""The command line: `megatron-opd train | role | evaluate`."""
+"""The command line: `megatron-opd train | convert | role`."""
 
 import argparse
 import logging
@@ -54,12 +54,46 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and the roles, start nothing")
     train.set_defaults(run=_train)
 
+    _add_convert(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron-Core"))
+
     role = commands.add_parser("role", help="run one process of a role (what SLURM calls)")
     role.add_argument("name", choices=["controller", "learner", "rollout", "teacher", "evaluate"])
     role.add_argument("config", type=Path, help="the resolved config.yaml in the run directory")
     role.add_argument("--index", type=int, default=int(os.environ.get("SLURM_PROCID", 0)), help="among the processes of this role")
     role.set_defaults(run=_role)
     return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    described = {
+        "hf-to-megatron": "safetensors to a distributed checkpoint, proven byte for byte",
+        "megatron-to-hf": "a distributed checkpoint of any layout to safetensors, proven byte for byte",
+        "verify": "compare two folders of either format: configs, tensors, bytes, logits",
+        "inspect": "what a folder of either format holds",
+    }
+    for name, help_text in described.items():
+        action = actions.add_parser(name, help=help_text)
+        action.add_argument("source", type=Path)
+        if name != "inspect":
+            action.add_argument("target", type=Path)
+        action.add_argument("--config", type=Path, metavar="FOLDER", help="config.json and tokenizer for a checkpoint that lacks them")
+        action.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="round to this first (default: as stored)")
+        action.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="cut as N ranks read it; others can read it too")
+        action.add_argument("--no-logits", dest="logits", action="store_false", help="compare bytes only")
+        action.add_argument("--digest", action="store_true", help="inspect: read all and print 128 bits that tell models apart")
+        action.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from megatron_opd.convert import run
+
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("interrupted; an unfinished conversion has no target yet and continues when the same command is run again", file=sys.stderr)
+        sys.exit(130)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -75,14 +109,16 @@ def _train(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to SIGINT
         signal.signal(number, signal.default_int_handler)
     folder = prepare(config)
+    console().print(f"starting {len(processes)} processes, logs in {folder / 'logs'}", highlight=False)
     with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
         for process in processes:
             children.start(process)
         children.watch("controller", progress.update)
     if config.eval.prompts:
+        console().print(f"evaluating on {config.eval.prompts}", highlight=False)
         with console().status("evaluating on held-out prompts"), Children(folder, config) as children:
             children.start(EVALUATION)
-            children.watch("evaluate", lambda: None)
+            children.watch("evaluate", lambda: None, timeout_s=config.eval.timeout_s)
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())

@@ -14,7 +14,7 @@ FLOORS = [
     {"model"},
     {"rollout", "teacher", "learner"},
     {"preflight", "controller", "placement", "progress", "summary"},
-    {"roles", "launch"},
+    {"roles", "launch", "convert"},
     {"cli"},
 ]
 GUESTS = {
@@ -24,7 +24,7 @@ GUESTS = {
     "transformer_engine": {"model", "kernels"},
     "zmq": {"runtime"},
     "omegaconf": {"config", "estimators"},
-    "rich": {"progress", "summary", "cli"},
+    "rich": {"progress", "summary", "cli", "convert"},
 }
 
 

@@ -1,6 +1,6 @@
 """Causal attention over packed sequences for devices without Transformer Engine. It knows no weights and no positions.
 
-Dimension key: T packed tokens, h query heads and g key-value heads of this rank, d head size.
+Dimension key: T packed tokens, R tokens of one sequence, h query heads and g key-value heads of this rank, d head size.
 """
 
 from typing import Any
@@ -8,18 +8,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 
 class PackedAttention(nn.Module):
-    """Megatron's `core_attention` for the 'thd' layout: each sequence attends to itself, causally.
+    """Megatron's `core_attention` for the 'thd' layout: each sequence attends to itself, causally, in some layers through a window.
 
     Megatron's local DotProductAttention refuses packed sequences, and its Transformer Engine one needs a GPU.
     """
 
-    def __init__(self, *, softmax_scale: float | None = None, **_unused: Any) -> None:
+    def __init__(self, *, config: TransformerConfig, layer_number: int = 1, softmax_scale: float | None = None, **_unused: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # tokens that one attends to, itself included
 
     def forward(
         self,
@@ -35,8 +39,18 @@ class PackedAttention(nn.Module):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         gqa = query_Thd.shape[1] != key_Tgd.shape[1]
         split = (tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query_Thd, key_Tgd, value_Tgd))
-        outs = [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=self.softmax_scale, enable_gqa=gqa)[0]
-            for q, k, v in zip(*split, strict=True)
-        ]
+        outs = []
+        for q, k, v in zip(*split, strict=True):
+            mask = self._mask(q)
+            out = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=gqa
+            )
+            outs.append(out[0])
         return torch.cat(outs, dim=1).transpose(0, 1).flatten(1)
+
+    def _mask(self, query_hRd: Tensor) -> Tensor | None:
+        """[R, R], true where a token attends; None where the window hides nothing."""
+        length = query_hRd.shape[1]
+        if self.window is None or length <= self.window:
+            return None
+        return torch.ones(length, length, dtype=torch.bool, device=query_hRd.device).tril().triu(1 - self.window)

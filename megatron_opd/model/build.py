@@ -4,6 +4,7 @@ Dimension key: T packed tokens, D hidden, V vocabulary.
 """
 
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -44,10 +45,12 @@ def build(
             not divide the model, or CUDA comes without Transformer Engine.
     """
     arch = architecture(hf_config)
-    _refuse_unsupported(hf_config)
     arch.require_divisible(tensor=parallel.tensor, pipeline=parallel.pipeline)
     on_cuda = torch.device(device).type == "cuda"
     config = _transformer_config(arch, hf_config.rms_norm_eps, parallel, dtype=dtype, recompute=recompute, on_cuda=on_cuda)
+    frequencies, attention_factor = _rope(hf_config)
+    # YaRN scales cosine and sine, of queries and of keys. Fused rotation of packed sequences cannot; the softmax can.
+    config.softmax_scale = attention_factor**2 / math.sqrt(arch.head_dim) if attention_factor != 1 else None
     model = GPTModel(
         config,
         _te_spec(arch) if on_cuda else _local_spec(arch, parallel),
@@ -59,7 +62,8 @@ def build(
         position_embedding_type="rope",
         rotary_base=hf_config.rope_parameters["rope_theta"],
     )
-    _scale_rope(model, hf_config)
+    if frequencies is not None:
+        model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
     if model.post_process:
         # The head stays a module that GPTModel calls, so the hooks by which data parallelism gathers and reduces its
         # weight fire as ever; only the product with the weight is left to the kernels.
@@ -83,32 +87,18 @@ def _hand_through(hidden: Tensor, weight: Tensor | None = None, runtime_gather_o
     return hidden, None
 
 
-def _refuse_unsupported(hf_config: Any) -> None:
-    rope = hf_config.rope_parameters
-    wanted = {
-        "hidden_act": (hf_config.hidden_act, ("silu",)),
-        "attention_dropout": (hf_config.attention_dropout, (0,)),
-        "rope_type": (rope["rope_type"], ("default", "linear", "llama3")),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1,)),
-        "sliding_window": (getattr(hf_config, "sliding_window", None), (None,)),
-        "quantization_config": (getattr(hf_config, "quantization_config", None), (None,)),
-    }
-    for name, (got, allowed) in wanted.items():
-        if got not in allowed:
-            raise ConfigError(f"{name}={got!r} of this {hf_config.model_type} is not supported; wanted {' or '.join(map(repr, allowed))}")
-    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise ConfigError(f"layer_types holds {', '.join(sorted(layer_types))}; only full_attention is supported")
-
-
 def _transformer_config(
     arch: Architecture, eps: float, parallel: ParallelConfig, *, dtype: torch.dtype, recompute: bool, on_cuda: bool
 ) -> TransformerConfig:
+    widths = {window for window in arch.windows if window is not None}
+    assert len(widths) <= 1, "all windows of a model are equally wide"
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         num_attention_heads=arch.heads,
         num_query_groups=arch.groups,
+        window_size=(min(widths) - 1, 0) if widths else None,
+        window_attn_skip_freq=[int(window is not None) for window in arch.windows] if widths else None,
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn,
         normalization="RMSNorm",
@@ -164,10 +154,10 @@ def _local_spec(arch: Architecture, parallel: ParallelConfig) -> TransformerBloc
     return TransformerBlockSubmodules(layer_specs=[layer] * (arch.layers // parallel.pipeline), layer_norm=RMSNorm)
 
 
-def _scale_rope(model: GPTModel, hf_config: Any) -> None:
-    """Sets the frequencies that `transformers` computes; Megatron's own scaling has llama 3.1's constants built in."""
+def _rope(hf_config: Any) -> tuple[Tensor | None, float]:
+    """Frequencies, None for Megatron's own, and the factor of cosine and sine, as `transformers` computes them.
+
+    Megatron's scaling has llama 3.1's constants built in, and its YaRN no explicit attention factor.
+    """
     rope_type = hf_config.rope_parameters["rope_type"]
-    if rope_type != "default":
-        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
-        assert attention_factor == 1.0, "supported rope types leave attention unscaled"
-        model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    return (None, 1.0) if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """What the supported model families look like, read from a Hugging Face config. It knows shapes, not tensors.
 
-A new dense family is one line in `FAMILIES`, when its tensors carry the names of `mapping.rules`.
+A new dense family is one line in `FAMILIES`, when its tensors carry the names of `mapping.rules`. Every field of a config is
+read, known to leave the logits alone, or refused by name: a field that nobody knows may change the numbers.
 """
 
 from collections.abc import Callable
@@ -12,24 +13,76 @@ from megatron_opd.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How the models of one `model_type` differ; biases may depend on the config."""
+    """How the models of one `model_type` differ; biases and windows may depend on the config."""
 
+    reads: frozenset[str] = frozenset()  # fields that mean something to this family beside those that all have
     qk_norm: bool = False  # RMSNorm on each query and key head before RoPE
     qkv_bias: Callable[[Any], bool] = lambda config: bool(config.attention_bias)
     output_bias: Callable[[Any], bool] = lambda config: bool(config.attention_bias)  # of the attention output projection
     mlp_bias: Callable[[Any], bool] = lambda config: False
+    windows: Callable[[Any], tuple[int | None, ...]] = lambda config: (None,) * config.num_hidden_layers  # see Architecture
 
+
+def _windows_by_layer_type(hf_config: Any) -> tuple[int | None, ...]:
+    known = {"full_attention": None, "sliding_attention": hf_config.sliding_window}
+    for kind in hf_config.layer_types:
+        if kind not in known:
+            raise ConfigError(f"{hf_config.model_type}: layer_types holds {kind!r}, which is not supported; use one of {', '.join(known)}")
+    if "sliding_attention" in hf_config.layer_types and hf_config.sliding_window is None:
+        raise ConfigError(f"{hf_config.model_type}: layer_types holds sliding_attention, but there is no sliding_window; set one")
+    return tuple(known[kind] for kind in hf_config.layer_types)
+
+
+_LAYER_TYPES = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 FAMILIES = {
-    "llama": Family(mlp_bias=lambda config: bool(config.mlp_bias)),
-    "qwen2": Family(qkv_bias=lambda config: True, output_bias=lambda config: False),
-    "qwen3": Family(qk_norm=True),
+    "llama": Family(reads=frozenset({"attention_bias", "mlp_bias"}), mlp_bias=lambda config: bool(config.mlp_bias)),
+    "mistral": Family(
+        reads=frozenset({"sliding_window"}),
+        qkv_bias=lambda config: False,
+        output_bias=lambda config: False,
+        windows=lambda config: (config.sliding_window,) * config.num_hidden_layers,
+    ),
+    "qwen2": Family(reads=_LAYER_TYPES, qkv_bias=lambda config: True, output_bias=lambda config: False, windows=_windows_by_layer_type),
+    "qwen3": Family(reads=_LAYER_TYPES | {"attention_bias"}, qk_norm=True, windows=_windows_by_layer_type),
 }
+
+_READ = frozenset(
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters".split()
+)
+# Supported at one value only.
+_FIXED = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0,),
+    "quantization_config": (None,),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "is_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+}
+# Names, token ids, initial values, what else a model returns, and leftovers of tools: none reaches the logits.
+_WITHOUT_EFFECT = frozenset(
+    "_name_or_path architectures auto_map transformers_version dtype torch_dtype initializer_range use_cache return_dict "
+    "output_hidden_states output_attentions id2label label2id num_labels problem_type pad_token_id bos_token_id eos_token_id "
+    "pretraining_tp tokenizer_class is_llama_config transformers.js_config _attn_implementation_autoset attn_implementation "
+    "unsloth_fixed unsloth_version".split()
+)
+# What each kind of rotary embedding reads; "type" is the older name of "rope_type", "finetuned" a remark.
+_ROPE = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate finetuned".split()
+    ),
+}
+_ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The sizes and switches that decide which tensors exist and what shape they have."""
+    """The sizes and switches that decide which tensors exist, what shape they have, and which tokens attend to which."""
 
     layers: int
     hidden: int
@@ -42,6 +95,7 @@ class Architecture:
     qk_norm: bool
     qkv_bias: bool
     linear_bias: bool  # on every linear layer but the LM head
+    windows: tuple[int | None, ...]  # by layer: how many tokens one attends to, itself included; None is all before it
 
     def require_divisible(self, *, tensor: int, pipeline: int) -> None:
         """Raises ConfigError unless so many tensor- and pipeline-parallel ranks share the model evenly; names the numbers that do."""
@@ -62,12 +116,14 @@ def architecture(hf_config: Any) -> Architecture:
     """Reads a `transformers` config.
 
     Raises:
-        ConfigError: the family is unknown, or some linear layers have biases and others lack them in a way that
-            Megatron-Core cannot express.
+        ConfigError: the family is unknown, a field would change the numbers in a way that is not supported, or some linear
+            layers have biases and others lack them in a way that Megatron-Core cannot express.
     """
     if hf_config.model_type not in FAMILIES:
         raise ConfigError(f"model_type={hf_config.model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[hf_config.model_type]
+    _check_fields(hf_config, family)
+    _check_rope(hf_config)
     output_bias, mlp_bias = family.output_bias(hf_config), family.mlp_bias(hf_config)
     if output_bias != mlp_bias:
         raise ConfigError(
@@ -86,4 +142,40 @@ def architecture(hf_config: Any) -> Architecture:
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias(hf_config),
         linear_bias=output_bias,
+        windows=family.windows(hf_config),
     )
+
+
+def numerics(hf_config: Any) -> dict[str, Any]:
+    """The fields on which the logits depend."""
+    return {name: value for name, value in hf_config.to_dict().items() if value is not None and name not in _WITHOUT_EFFECT}
+
+
+def _check_fields(hf_config: Any, family: Family) -> None:
+    """A field that is null says nothing."""
+    for name, value in numerics(hf_config).items():
+        if name in _FIXED and value not in _FIXED[name]:
+            wanted = " or ".join(map(repr, _FIXED[name]))
+            raise ConfigError(f"{hf_config.model_type}: {name}={value!r} is not supported; wanted {wanted}")
+        if name not in _READ | family.reads | _FIXED.keys():
+            raise ConfigError(
+                f"{hf_config.model_type}: config.json holds {name}={value!r}, which is unknown and may change the numbers; "
+                "remove it from config.json if it does not"
+            )
+
+
+def _check_rope(hf_config: Any) -> None:
+    rope = hf_config.rope_parameters
+    kind = rope.get("rope_type")
+    if kind not in _ROPE:
+        raise ConfigError(f"{hf_config.model_type}: rope_scaling of type {kind!r} is not supported; use one of {', '.join(_ROPE)}")
+    for name, value in rope.items():
+        if value is not None and name not in _ROPE[kind] | _ROPE_COMMON:
+            raise ConfigError(
+                f"{hf_config.model_type}: rope_scaling of type {kind!r} holds {name}={value!r}, which is unknown and may change the "
+                "numbers; remove it from config.json if it does not"
+            )
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(
+            f"{hf_config.model_type}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only whole heads are rotated"
+        )

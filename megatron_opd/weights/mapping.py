@@ -1,4 +1,4 @@
-"""Megatron-Core parameter names <-> Hugging Face names, for llama, qwen2 and qwen3. It takes names and tensors, never modules.
+"""Megatron-Core parameter names <-> Hugging Face names, for the families of `architectures`. It takes names and tensors, never modules.
 
 `rules` is the table: one rule per Megatron parameter, in the order in which weights are sent. A rule names the parameter in
 both worlds and holds a layout, which knows how Hugging Face tensors join to the full Megatron tensor and how tensor
@@ -7,6 +7,7 @@ parallelism cuts that. Layers are counted over the whole model; which pipeline s
 Dimension key: V vocabulary, D hidden, F feed-forward, h query heads, g key-value heads, d head size.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +34,9 @@ class Layout(Protocol):
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         """The inverse of `shard` over all ranks."""
 
+    def blocks(self, size: int) -> tuple[int, int]:
+        """Axis and number of the consecutive blocks of the full tensor, without padding, of which `size` ranks' shards are made."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Replicated:
@@ -50,6 +54,9 @@ class _Replicated:
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return shards[0]
 
+    def blocks(self, size: int) -> tuple[int, int]:
+        return 0, 1
+
 
 @dataclass(frozen=True, slots=True)
 class _Split(_Replicated):
@@ -62,6 +69,9 @@ class _Split(_Replicated):
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return torch.cat(tuple(shards), self.axis)
+
+    def blocks(self, size: int) -> tuple[int, int]:
+        return self.axis, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,9 @@ class _Vocabulary(_Replicated):
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         return torch.cat(tuple(shards))[: self.vocab]
+
+    def blocks(self, size: int) -> tuple[int, int]:
+        return 0, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +125,9 @@ class _GateUp:
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+
+    def blocks(self, size: int) -> tuple[int, int]:
+        return 0, 2 * size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,3 +231,54 @@ def hf_manifest(hf_config: Any, dtype: str) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(name=name, dtype=dtype, shape=shape) for rule in table for name, shape in zip(rule.hf, rule.shapes, strict=True)
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One full parameter and where a distributed checkpoint keeps it."""
+
+    key: str
+    shape: tuple[int, ...]  # without the axis along which layers are stacked
+    layer: int | None  # index along that axis, the first; None: not stacked
+    layers: int  # length of that axis
+    axis: int  # of `shape`: along it the parameter is cut into blocks
+    blocks: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all layers share the key."""
+        return self.layer is not None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of all that the key holds."""
+        return (self.layers, *self.shape) if self.stacked else self.shape
+
+
+def stored(rule: Rule, arch: Architecture, *, tensor: int = 1) -> Parameter:
+    """Where Megatron's distributed checkpoints keep the rule's full parameter: under the fused names, all layers of a kind stacked.
+
+    It is cut into the blocks that `tensor` ranks read; any other number of ranks can read them too.
+    """
+    in_layer = re.fullmatch(r"decoder\.layers\.\d+\.(.*)", rule.megatron[-1])
+    axis, blocks = rule.layout.blocks(tensor)
+    return Parameter(
+        key=f"decoder.layers.{in_layer[1]}" if in_layer else rule.megatron[0],
+        shape=tuple(rule.layout.join([torch.empty(shape, device="meta") for shape in rule.shapes]).shape),
+        layer=rule.layer if in_layer else None,
+        layers=arch.layers,
+        axis=axis,
+        blocks=blocks,
+    )
+
+
+def extra_states(arch: Architecture) -> tuple[str, ...]:
+    """Keys of the objects that Megatron's modules expect beside their parameters; all are None where nothing is in FP8."""
+    modules = (
+        "self_attention.linear_qkv",
+        "self_attention.core_attention",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )
+    return tuple(f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.layers}" for layer in range(arch.layers) for module in modules)

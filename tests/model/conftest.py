@@ -5,16 +5,19 @@ import torch.nn.functional as F
 from tests.model import tiny
 from tests.ranks import run_ranks
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# The longest test sequence is longer than every original context and every window.
+ORIGINAL = {"rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
-    "llama": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32}, "head_dim": 12},
+    "llama": {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}, "head_dim": 12},
     "llama_bias": {
         "attention_bias": True,
         "mlp_bias": True,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0},
     },
-    "qwen2": {},
+    "mistral": {"sliding_window": 9, "rope_parameters": {"rope_type": "yarn", "attention_factor": 1.3, "truncate": False, **ORIGINAL}},
+    "qwen2": {"rope_parameters": {"rope_type": "yarn", **ORIGINAL}},
+    "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"tie_word_embeddings": True},
     "qwen3_untied": {"num_attention_heads": 4, "num_key_value_heads": 4},
 }

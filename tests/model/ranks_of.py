@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from megatron_opd.model.build import build, head_weight
+from megatron_opd.model.checkpoint import load_megatron
 from megatron_opd.model.convert import export_hf, global_parameters, load_hf
 from megatron_opd.model.forward import forward_hidden
 from megatron_opd.model.parallel import ParallelConfig, initialize, vocab_shard
@@ -31,12 +32,16 @@ class Loaded:
         *,
         recompute: bool = False,
         dtype: torch.dtype = torch.float32,
+        checkpoint: str | None = None,  # weights come from here, not from the folder
         **data_parallel: Any,
     ) -> None:
         self.parallel = parallel
         self.hf_config = tiny.read_config(folder)
         model = build(self.hf_config, self.parallel, dtype=dtype, recompute=recompute)
-        load_hf(model, folder, self.hf_config, self.parallel)
+        if checkpoint is None:
+            load_hf(model, folder, self.hf_config, self.parallel)
+        else:
+            load_megatron(model, checkpoint)
         model.config.finalize_model_grads_func = finalize_model_grads
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **data_parallel)
         self.model = DistributedDataParallel(model.config, settings, model)

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from megatron_opd.errors import ConfigError
 from megatron_opd.weights.architectures import architecture
 from megatron_opd.weights.mapping import by_megatron_name, hf_manifest, rules, to_hf, to_megatron
 from tests.model import tiny
@@ -9,6 +8,7 @@ from tests.model import tiny
 MODELS = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("mistral", {"num_key_value_heads": 3}),
     ("qwen2", {}),
     ("qwen3", {"tie_word_embeddings": True}),
 ]
@@ -76,8 +76,3 @@ def test_names_of_both_layer_specs_and_of_the_tied_copy_lead_to_one_rule():
         "embedding.word_embeddings.weight": "output_layer.weight",
     }.items():
         assert rule_of[local] is rule_of[fused]
-
-
-def test_mixed_biases_are_refused():
-    with pytest.raises(ConfigError, match="attention_bias equal to mlp_bias"):
-        architecture(tiny.config("llama", attention_bias=True))
