@@ -17,11 +17,11 @@ same draws, half head, half tail: "head_tail" is the closed form times that shar
 Duplicate draws are stored once, so m draws fill less than m places: "stored" counts distinct ids, and "draws_same_storage" is
 the variance of as many draws as fill what half head, half tail fills.
 
-When to choose which, by the example above (b at 3.6 nats on average): head and tail varies 1.8 times less than m draws at 16 ids, 4.3
-times at 64 and 7.4 times at 128; below 2.5 nats 10, 40 and 85 times. Above 4.7 nats a cache of 16 ids or fewer gains nothing:
-take more ids, or draws. If only stored ids count, 16 ids are the break-even, and 64 gain 1.4 times. Half and half is within 10 %
-of the best split from 16 ids on; smaller caches and flatter b want a smaller head. The head alone errs less in one step than
-either varies, but its bias does not average out over tokens and steps.
+When to choose which, by the example above (b at 3.6 nats on average, 1,866 positions): head and tail varies 3.0 times less than m
+draws at 16 ids, 7.2 times at 64 and 14 times at 128; below 2.6 nats 16, 110 and 210 times, above 4.7 nats 1.9, 3.4 and 6.5 times.
+Without the baseline it is 1.7, 4.2 and 7.3 times overall. Half and half is within 10 % of the best split from 16 ids on; smaller
+caches and flatter b want a smaller head. The head alone errs less in one step than either varies, but its bias does not average out
+over tokens and steps.
 
 JSON: {"cache_ids": {"16": {"draws": v, "head_tail": v, "without_baseline": v, "ratio": x, "splits": {"1/4": v, ...}, "best_head": K,
 "best": v, "topk_bias2": v, "standard_error": {...}, "stored": {...}, "draws_same_storage": v}, ...}, "quartiles": [{"entropy": [from, to],
