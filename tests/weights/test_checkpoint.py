@@ -1,5 +1,7 @@
 """Every family, with sizes as awkward as they come: through a distributed checkpoint and back, byte for byte."""
 
+import os
+import pickle
 import random
 
 import pytest
@@ -101,3 +103,18 @@ def test_the_safetensors_writer_writes_what_the_library_reads(tmp_path):
     ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+class Evil:
+    """Unpickled by anybody, it runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_an_index_that_asks_for_anything_but_an_index_is_refused(tmp_path):
+    config, weights = awkward("llama", 0)
+    written(tmp_path, config, weights, tensor=1)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system"):
+        DistributedCheckpoint(tmp_path)
