@@ -102,8 +102,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
     needs = build_estimator(config).needs
     processes = place(config, generation=needs.generation)
+    check(config)  # what can be refused is refused before a process starts, or a directory is made
     if arguments.dry_run:
-        check(config)
         console().print(configs.to_yaml(config), _roles(processes), highlight=False)
         return
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to SIGINT
