@@ -154,6 +154,7 @@ class LearnerConfig:
     dtype: Literal["bfloat16", "float32"] = "float32"  # of weights and activations; masters are float32
     micro_batch_tokens: int = 4096  # packed inputs per micro-batch; one longer sequence makes a micro-batch of its own
     recompute: bool = False  # full activation recompute, layer by layer
+    kernels: Literal["chunked", "triton"] = "chunked"  # what computes from the LM head; triton has not run on a GPU yet
     logps_chunk_tokens: int = 1024  # rows of logits that exist at a time
     moments: bool = True  # entropies of student and teacher and the agreement of their arg-maxes, every step
     bucket_bytes: int = 64 << 20  # of weight streaming

@@ -48,7 +48,7 @@ from rich.table import Table
 from megatron_opd.errors import ConfigError, OPDError
 from megatron_opd.estimators import build
 from megatron_opd.interfaces import Estimator
-from megatron_opd.learner.scores import Heads, score
+from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.types import IdSet, MicroBatch, VocabShard
 
@@ -336,7 +336,7 @@ def expected_gradient(estimator: Estimator, p_RV: torch.Tensor, q_RV: torch.Tens
     logits = p_RV.repeat(W, 1).requires_grad_()
     identity = torch.eye(V, dtype=torch.float64)  # as LM head: hidden states are the logits
     heads = Heads(student=identity, teacher=identity, shard=VocabShard(start=0, stop=V, vocab_size=V))
-    scores, _ = score(logits, heads, batch, needs, chunk_tokens=W * R)
+    scores, _ = score(logits, heads, batch, needs, Settings(chunk_tokens=W * R))
     (grad,) = torch.autograd.grad(estimator(scores).loss.sum(), logits)
     return (weight_W[:, None, None] * grad.view(W, R, V)).sum(0)
 

@@ -17,7 +17,10 @@ distributions are normalised, so J passes over a chunk's logits once more; log m
 Equal logits have x_j = 0 exactly, hence R, F and their gradients are 0; those of J are 0 up to one rounding error.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -26,6 +29,8 @@ from torch.autograd.function import once_differentiable
 from megatron_opd.kernels.logits import (
     LOG_ZERO,
     HeadGradients,
+    Implementation,
+    Model,
     Plan,
     add_up,
     all_targets,
@@ -34,6 +39,7 @@ from megatron_opd.kernels.logits import (
     head_backward,
     kept_tokens,
     largest_in_row,
+    local_backward,
     side_by_side,
     stripes,
     true_rows,
@@ -69,6 +75,7 @@ def dense_kl(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     schedule: Schedule = "forward",
+    implementation: Implementation = "chunked",
 ) -> DenseKL:
     """The `divergence` between student and teacher per target, differentiable in the student alone, and what to watch beside it.
 
@@ -87,7 +94,8 @@ def dense_kl(
         rows: [T] bool, the targets that count; the others cost nothing and come back as 0 without gradient. None: all.
         temperature: divides the logits of both.
         chunk_tokens: tokens whose logits exist at a time.
-        schedule: when gradients are made.
+        schedule: when gradients are made; Triton knows "recompute" only, and takes it.
+        implementation: "chunked" is torch, "triton" one kernel per pass; it wants rows of a multiple of 16 bytes.
     """
     num_targets = count_targets(hidden, shard)
     assert hidden.dtype == head.dtype, f"hidden is {hidden.dtype}, head is {head.dtype}: matmul wants one dtype"
@@ -95,9 +103,9 @@ def dense_kl(
     assert teacher_hidden.shape[0] == num_targets, f"{teacher_hidden.shape[0]} hidden states of the teacher for {num_targets} targets"
     assert divergence.kind != "jsd" or 0 < divergence.weight < 1, f"jsd has no weight {divergence.weight}: take forward or reverse"
     kept = None if rows is None else rows.nonzero()[:, 0]
-    plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens)
+    plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens, implementation=implementation)
     teacher_TE = teacher_hidden if kept is None else teacher_hidden[kept]
-    schedule = schedule if torch.is_grad_enabled() else "recompute"  # nobody goes backward
+    schedule = schedule if torch.is_grad_enabled() and implementation == "chunked" else "recompute"  # without grad nobody goes backward
     sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan, schedule)
     loss, kl, student_entropy, teacher_entropy, agree = (all_targets(one, plan, num_targets) for one in sums)
     return DenseKL(divergence=loss, kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy, agree=agree)
@@ -125,8 +133,11 @@ class _DenseKL(torch.autograd.Function):
         dtype, needs = wide(hidden.dtype), ctx.needs_input_grad[:2]
         gradients = HeadGradients(student, head, plan, needs) if schedule == "forward" and any(needs) else None
         found_8T = torch.empty(8, student[0].shape[0], dtype=dtype, device=hidden.device)
-        for c, logits_2Cv in chunk_logits([student, teacher], plan):
-            found_8T[:, c] = _per_token(logits_2Cv, plan, divergence, dtype)
+        if plan.implementation == "triton":
+            found_8T[:] = _triton_per_token(student, teacher, plan, divergence)
+        for c, logits_2Cv in chunk_logits([student, teacher], plan) if plan.implementation == "chunked" else []:
+            mixture = partial(_to_mixture, logits_2Cv, plan)
+            found_8T[:, c] = _per_token(_own_sums(logits_2Cv, plan, dtype), mixture, plan, divergence)
             if gradients is not None:
                 for r, x_2rv in stripes(logits_2Cv, plan, dtype):
                     norm_2r, mean_r = found_8T[:2, c][:, r], found_8T[2, c][r]
@@ -146,6 +157,16 @@ class _DenseKL(torch.autograd.Function):
             scale = grad_T[0].item() if len(grad_T) else 1.0
             return *ctx.gradients.finish(hidden, head, scale), None, None, None, None, None
 
+        if ctx.plan.implementation == "triton":
+            plan, divergence, norm_T2 = ctx.plan, ctx.divergence, found_3T[:2].t()
+            teacher = teacher_TE, true_rows(teacher_head, plan.shard)
+
+            def local(student: Model, rows_sum_vD: torch.Tensor | None, need_hidden: bool) -> torch.Tensor | None:
+                given = student, teacher, norm_T2, found_3T[2], grad_T, divergence, plan.temperature
+                return _triton().local_gradients(*given, rows_sum_vD, need_hidden)
+
+            return *local_backward(local, hidden, head, plan, ctx.needs_input_grad[:2]), None, None, None, None, None
+
         def dlogits(t: slice, x_2rv: torch.Tensor) -> torch.Tensor:
             return _gradient(x_2rv, found_3T[:2, t], found_3T[2, t], ctx.divergence).mul_(grad_T[t, None])
 
@@ -154,11 +175,31 @@ class _DenseKL(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _per_token(logits_2Cv: list[torch.Tensor], plan: Plan, divergence: Divergence, dtype: torch.dtype) -> torch.Tensor:
+def _triton() -> ModuleType:
+    """Imported by those who ask for it: a CPU build has no use for Triton."""
+    from megatron_opd.kernels import triton_dense_kl
+
+    return triton_dense_kl
+
+
+def _triton_per_token(student: Model, teacher: Model, plan: Plan, divergence: Divergence) -> torch.Tensor:
+    """All targets at once, with this rank's sums from Triton."""
+    kernels = _triton()
+
+    def mixture(norm_2T: torch.Tensor, beta: float) -> torch.Tensor:
+        return kernels.local_to_mixture(student, teacher, norm_2T.t(), beta, plan.temperature).t()
+
+    own_52T = torch.stack([one_T2.t().float() for one_T2 in kernels.local_sums(student, teacher, plan.shard, plan.temperature)])
+    return _per_token(own_52T, mixture, plan, divergence)
+
+
+def _per_token(
+    own_52C: torch.Tensor, mixture: Callable[[torch.Tensor, float], torch.Tensor], plan: Plan, divergence: Divergence
+) -> torch.Tensor:
     """[8, C] over all ranks: log sum e^z and log sum e^u, the mean that the gradient needs, and the fields of `DenseKL`."""
-    norm_2C, entropy_2C, forward_C, reverse_C, agree_C = _both_ways(logits_2Cv, plan, dtype)
+    norm_2C, entropy_2C, forward_C, reverse_C, agree_C = _both_ways(own_52C, plan)
     if divergence.kind == "jsd":
-        mean_C, teacher_C = _to_mixture(logits_2Cv, plan, norm_2C, divergence.weight)
+        mean_C, teacher_C = add_up(mixture(norm_2C, divergence.weight).contiguous(), plan.shard)
         loss_C = divergence.weight * teacher_C + (1 - divergence.weight) * mean_C
     else:
         share = _forward_share(divergence)
@@ -166,11 +207,9 @@ def _per_token(logits_2Cv: list[torch.Tensor], plan: Plan, divergence: Divergenc
     return torch.stack([*norm_2C, mean_C, loss_C, reverse_C, *entropy_2C, agree_C])
 
 
-def _both_ways(logits_2Cv: list[torch.Tensor], plan: Plan, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """L = log sum e^z and entropy of both models [2, C]; KL(q||p), KL(p||q) and whether the best ids agree [C]. Over all ranks.
-
-    Every sum is taken of logits less their maximum on this rank, and moved to the maximum over all ranks once it has travelled.
-    Ids travel as numbers of `dtype`: float32 counts to 2^24.
+def _own_sums(logits_2Cv: list[torch.Tensor], plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """[5, 2, C] of both models on this rank: the largest logit, with x the logits less it the sums of e^x, e^x x and e^x times the gap
+    between the student's x and the teacher's, and the id of the largest logit, as a number of `dtype`: float32 counts to 2^24.
     """
     own_52C = torch.zeros(5, 2, len(logits_2Cv[0]), dtype=dtype, device=logits_2Cv[0].device)
     own_52C[0] = LOG_ZERO
@@ -183,6 +222,14 @@ def _both_ways(logits_2Cv: list[torch.Tensor], plan: Plan, dtype: torch.dtype) -
             [max_2r, exp_2rv.sum(-1), x_2rv.mul_(exp_2rv).sum(-1), exp_2rv.mul_(gap_rv).sum(-1), column_2r + plan.shard.start]
         )
 
+    return own_52C
+
+
+def _both_ways(own_52C: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """L = log sum e^z and entropy of both models [2, C]; KL(q||p), KL(p||q) and whether the best ids agree [C]. Over all ranks.
+
+    Every sum is moved to the maximum over all ranks once it has travelled.
+    """
     own_max_S2C, sum_S2C, moment_S2C, gap_S2C, best_S2C = side_by_side(own_52C, plan.shard).unbind(1)
     max_2C = own_max_S2C.amax(0)
     shift_S2C = own_max_S2C - max_2C
@@ -193,12 +240,12 @@ def _both_ways(logits_2Cv: list[torch.Tensor], plan: Plan, dtype: torch.dtype) -
 
     log_sum_2C = sum_2C.log()
     mean_gap_2C = gap_2C / sum_2C - (log_sum_2C[0] - log_sum_2C[1])  # of log p - log q under (p, q)
-    agree_C = (best_2C[0] == best_2C[1]).to(dtype)
+    agree_C = (best_2C[0] == best_2C[1]).to(own_52C.dtype)
     return max_2C + log_sum_2C, log_sum_2C - moment_2C / sum_2C, -mean_gap_2C[1], mean_gap_2C[0], agree_C
 
 
 def _to_mixture(logits_2Cv: list[torch.Tensor], plan: Plan, norm_2C: torch.Tensor, beta: float) -> torch.Tensor:
-    """KL(p||m) and KL(q||m) [2, C] over all ranks."""
+    """This rank's share of KL(p||m) and KL(q||m) [2, C]."""
     kl_2C = torch.zeros_like(norm_2C)
     for r, x_2rv in stripes(logits_2Cv, plan, norm_2C.dtype):
         logp_rv, logq_rv = x_2rv.sub_(norm_2C[:, r, None])
@@ -207,7 +254,7 @@ def _to_mixture(logits_2Cv: list[torch.Tensor], plan: Plan, norm_2C: torch.Tenso
         p_rv, q_rv = x_2rv.exp_()
         kl_2C[0, r] = -p_rv.mul_(mixture_rv).sum(-1)
         kl_2C[1, r] = -q_rv.mul_(gap_rv.add_(mixture_rv)).sum(-1)
-    return add_up(kl_2C, plan.shard)
+    return kl_2C
 
 
 def _gradient(x_2rv: torch.Tensor, norm_2r: torch.Tensor, mean_r: torch.Tensor, divergence: Divergence) -> torch.Tensor:

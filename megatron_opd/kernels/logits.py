@@ -11,12 +11,14 @@ without padding, N models.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_opd.types import VocabShard
 
+Implementation = Literal["chunked", "triton"]  # of one rank's own work; what the ranks say to each other is the same
 Model = tuple[torch.Tensor, torch.Tensor]  # hidden states [T, D] of the targets that count, true rows [v, D] of the head
 
 LOG_ZERO = -1e30  # stands for log 0 in maxima: unlike -inf it can be subtracted from itself
@@ -33,6 +35,7 @@ class Plan:
     kept: torch.Tensor | None  # int64 indices of the targets that count; None: all
     temperature: float  # divides the logits
     chunk_tokens: int  # tokens whose logits exist at a time
+    implementation: Implementation = "chunked"
 
 
 # ------------------------------------------------------------------------------------------------- rows and targets
@@ -254,3 +257,25 @@ def head_backward(
             logits_NCv[0][r] = dlogits(slice(c.start + r.start, c.start + r.stop), x_Nrv)
         gradients.add(c, logits_NCv[0])
     return gradients.finish(hidden, head)
+
+
+def local_backward(
+    local: Callable[[Model, torch.Tensor | None, bool], torch.Tensor | None],
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    plan: Plan,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The same as `head_backward` where one call does a rank's work: `local` adds to the gradient [v, D] of the head's true rows, if
+    it is wanted, and returns that of the hidden states [T, D], if it is.
+    """
+    head_sum = None
+    if needs[1]:
+        main = main_grad(head)
+        head_sum = torch.zeros_like(head, dtype=wide(head.dtype)) if main is None else main
+    rows_sum = None if head_sum is None else true_rows(head_sum, plan.shard)
+    grad_TD = all_targets(
+        local((kept_tokens(hidden, plan), true_rows(head, plan.shard)), rows_sum, needs[0]), plan, count_targets(hidden, plan.shard)
+    )
+    grad_hidden = None if grad_TD is None else reduce_tokens(grad_TD, plan.shard).to(hidden.dtype)
+    return grad_hidden, None if head_sum is None else hand_over(head_sum, head, 1.0)

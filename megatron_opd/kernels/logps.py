@@ -16,7 +16,8 @@ relative precision.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_opd.kernels.logits import (
     LOG_ZERO,
+    Implementation,
+    Model,
     Plan,
     add_up,
     all_targets,
@@ -34,6 +37,7 @@ from megatron_opd.kernels.logits import (
     kept_tokens,
     largest,
     largest_in_row,
+    local_backward,
     log_sum_parts,
     stripes,
     true_rows,
@@ -65,6 +69,7 @@ def logps(
     moments: bool = False,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
+    implementation: Implementation = "chunked",
 ) -> TokenLogps:
     """Log-probabilities at `ids`, the log of the mass outside each of some sets of them, and what the whole vocabulary tells.
 
@@ -82,12 +87,13 @@ def logps(
         moments: whether the entropy and the best id are asked for.
         temperature: divides the logits.
         chunk_tokens: tokens whose logits exist at a time.
+        implementation: "chunked" is torch, "triton" one kernel per pass; it wants rows of a multiple of 16 bytes.
     """
     num_targets = count_targets(hidden, shard)
     assert hidden.dtype == head.dtype, f"hidden is {hidden.dtype}, head is {head.dtype}: matmul wants one dtype"
     assert ids.shape[0] == num_targets, f"{ids.shape[0]} rows of ids for {num_targets} hidden states over all ranks"
     kept = None if rows is None else rows.nonzero()[:, 0]
-    plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens)
+    plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens, implementation=implementation)
     scores = _Logps.apply(hidden, head, ids if kept is None else ids[kept], plan, tuple(rests), moments)
     logp, log_rest, entropy, best = (all_targets(one, plan, num_targets) for one in scores)
     return TokenLogps(logp=logp, log_rest=log_rest, entropy=entropy, best=best)
@@ -100,7 +106,11 @@ class _Logps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, ids_TK: torch.Tensor, plan: Plan, rests: tuple[slice, ...], moments: bool
     ) -> tuple:
-        own = _local_sums(kept_tokens(hidden, plan), true_rows(head, plan.shard), ids_TK, plan, rests, moments)
+        student = kept_tokens(hidden, plan), true_rows(head, plan.shard)
+        if plan.implementation == "triton":
+            own = _Sums.of(_triton().local_sums(*student, ids_TK, rests, plan.shard, plan.temperature))
+        else:
+            own = _local_sums(*student, ids_TK, plan, rests, moments)
         max_TM = largest(own.max_TM, plan.shard)
         shift_TM = own.max_TM - max_TM
         moment_T = own.moment_T + shift_TM[:, 0] * own.sum_TM[:, 0]
@@ -109,9 +119,9 @@ class _Logps(torch.autograd.Function):
 
         log_sum_TM = sum_TM.clamp_min(torch.finfo(sum_TM.dtype).tiny).log()
         norm_TM, empty_TN = max_TM + log_sum_TM, max_TM[:, 1:] <= LOG_ZERO
-        ctx.save_for_backward(hidden, head, ids_TK, norm_TM, empty_TN)
-        ctx.plan, ctx.rests = plan, rests
         logp_TK = picked_TK - norm_TM[:, :1]
+        ctx.save_for_backward(hidden, head, ids_TK, norm_TM, empty_TN, logp_TK)
+        ctx.plan, ctx.rests = plan, rests
         log_rest_TN = (norm_TM[:, 1:] - norm_TM[:, :1]).masked_fill(empty_TN, EMPTY_REST)
         if not moments:
             return logp_TK, log_rest_TN, None, None
@@ -123,8 +133,16 @@ class _Logps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TK: torch.Tensor, grad_TN: torch.Tensor, *_: Any) -> tuple:
-        hidden, head, ids_TK, norm_TM, empty_TN = ctx.saved_tensors
+        hidden, head, ids_TK, norm_TM, empty_TN, logp_TK = ctx.saved_tensors
         grad_TN = grad_TN.masked_fill(empty_TN, 0)
+        if ctx.plan.implementation == "triton":
+            up = _triton().Upstream(logp_TK=logp_TK, norm_TM=norm_TM, grad_TK=grad_TK, grad_TN=grad_TN)
+
+            def local(student: Model, rows_sum_vD: torch.Tensor | None, need_hidden: bool) -> torch.Tensor | None:
+                plan = ctx.plan
+                return _triton().local_gradients(*student, ids_TK, ctx.rests, up, plan.shard, plan.temperature, rows_sum_vD, need_hidden)
+
+            return *local_backward(local, hidden, head, ctx.plan, ctx.needs_input_grad[:2]), None, None, None, None
         grad_sum_T = grad_TK.sum(1) + grad_TN.sum(1)
 
         def dlogits(t: slice, x_1rv: torch.Tensor) -> torch.Tensor:
@@ -151,6 +169,11 @@ class _Sums:
     sum_TM: torch.Tensor  # of e^{z - max}
     moment_T: torch.Tensor  # sum of e^{z - max} (z - max) over all rows; 0 where no moments are asked for
     best_T: torch.Tensor  # id of the largest logit
+
+    @classmethod
+    def of(cls, sums: Sequence[torch.Tensor]) -> "_Sums":
+        """From those in order."""
+        return cls(**dict(zip((field.name for field in fields(cls)), sums, strict=True)))
 
 
 def _local_sums(
@@ -182,6 +205,13 @@ def _local_sums(
                 own.moment_T[t] = exp_rv.mul_(z_rv).sum(-1)
     own.max_TM.clamp_min_(LOG_ZERO)
     return own
+
+
+def _triton() -> ModuleType:
+    """Imported by those who ask for it: a CPU build has no use for Triton."""
+    from megatron_opd.kernels import triton_logps
+
+    return triton_logps
 
 
 def _locate(ids_CK: torch.Tensor, num_rows: int, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from megatron_opd.data.packing import pack, plan, to_device
 from megatron_opd.errors import DataError, OPDError
 from megatron_opd.interfaces import Estimator
 from megatron_opd.learner import diagnostics, optimizer
-from megatron_opd.learner.scores import Heads, score
+from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.model import parallel
 from megatron_opd.model.build import build, head_weight
 from megatron_opd.model.convert import export_hf, load_head, load_hf
@@ -82,6 +82,7 @@ class Learner:
         shard = parallel.vocab_shard(student.hf_config.vocab_size, self._parallel)
         teacher = self._teacher_head(student, shard) if estimator.needs.divergence and self._module.post_process else None
         self._heads = Heads(student=head_weight(self._module), teacher=teacher, shard=shard) if self._module.post_process else None
+        self._kernels = Settings(chunk_tokens=settings.logps_chunk_tokens, moments=settings.moments, implementation=settings.kernels)
         self._vocab_size = student.hf_config.vocab_size
         self.version = 0
 
@@ -168,8 +169,7 @@ class Learner:
     def _loss(self, hidden: torch.Tensor, *, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """(sum over tokens, token count, sums to report): Megatron's protocol for a loss with a global denominator."""
         assert self._heads is not None, "Megatron calls the loss on the last pipeline stage only"
-        rows, moments = self._settings.logps_chunk_tokens, self._settings.moments
-        scores, seen = score(hidden.squeeze(1), self._heads, batch, self._needs, chunk_tokens=rows, moments=moments)
+        scores, seen = score(hidden.squeeze(1), self._heads, batch, self._needs, self._kernels)
         estimate = self._estimator(scores)
         loss = torch.where(batch.mask, estimate.loss, 0.0).sum()
         return loss, batch.mask.sum().int(), diagnostics.sums(batch, scores, estimate, seen)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opd.kernels import dense_kl, logps
-from megatron_opd.types import DenseScores, IdScores, IdSet, MicroBatch, Needs, TokenScores, VocabShard
+from megatron_opd.kernels import Implementation, dense_kl, logps
+from megatron_opd.types import DenseScores, Divergence, IdScores, IdSet, MicroBatch, Needs, TokenScores, VocabShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,15 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the kernel doors are called."""
+
+    chunk_tokens: int  # tokens whose logits exist at a time
+    moments: bool = False  # whether they are asked for
+    implementation: Implementation = "chunked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
     """What whole distributions look like, for diagnostics. No gradient; what is not known is None."""
 
@@ -31,9 +40,7 @@ class Moments:
     agreement: torch.Tensor | None = None  # [T] 1 where student and teacher have the same most probable id
 
 
-def score(
-    hidden: torch.Tensor, heads: Heads, micro_batch: MicroBatch, needs: Needs, *, chunk_tokens: int, moments: bool = False
-) -> tuple[TokenScores, Moments]:
+def score(hidden: torch.Tensor, heads: Heads, micro_batch: MicroBatch, needs: Needs, settings: Settings) -> tuple[TokenScores, Moments]:
     """The current student at every id of the micro-batch beside the cached log-probabilities; tensor parallelism ends here.
 
     Args:
@@ -41,8 +48,7 @@ def score(
         heads: of student and teacher on this rank.
         micro_batch: on the device of `hidden`, packed for `needs`.
         needs: what the micro-batch was packed for.
-        chunk_tokens: tokens whose logits exist at a time.
-        moments: whether to compute those of the student.
+        settings: of the kernels.
     """
     named = {"token": micro_batch.token, "head": micro_batch.head, "draws": micro_batch.draws, "top": micro_batch.top}
     asked = {"token": True, "head": needs.head > 0, "draws": needs.draws > 0, "top": needs.teacher_top > 0}
@@ -56,11 +62,12 @@ def score(
     scores: dict[str, IdScores] = {}
     seen = Moments()
     if sets:
-        scores, seen = _at_ids(hidden, heads, micro_batch, sets, with_rest, chunk_tokens, moments and not needs.divergence)
+        scores, seen = _at_ids(hidden, heads, micro_batch, sets, with_rest, settings)
     dense = None
     if needs.divergence:
-        dense, seen = _over_vocabulary(hidden, heads, micro_batch, needs, chunk_tokens)
-    return TokenScores(mask=micro_batch.mask, sequences=micro_batch.sequences, dense=dense, **{"token": None, **scores}), seen
+        dense, seen = _over_vocabulary(hidden, heads, micro_batch, needs.divergence, settings)
+    everything = TokenScores(mask=micro_batch.mask, sequences=micro_batch.sequences, dense=dense, **{"token": None, **scores})
+    return everything, seen if settings.moments else Moments()
 
 
 def _at_ids(
@@ -69,8 +76,7 @@ def _at_ids(
     micro_batch: MicroBatch,
     sets: dict[str, IdSet],
     with_rest: list[str],
-    chunk_tokens: int,
-    moments: bool,
+    settings: Settings,
 ) -> tuple[dict[str, IdScores], Moments]:
     columns = _columns(sets)
     found = logps(
@@ -80,8 +86,9 @@ def _at_ids(
         heads.shard,
         rows=micro_batch.mask,
         rests=[columns[name] for name in with_rest],
-        moments=moments,
-        chunk_tokens=chunk_tokens,
+        moments=settings.moments and micro_batch.teacher_hidden is None,  # else the divergence knows them
+        chunk_tokens=settings.chunk_tokens,
+        implementation=settings.implementation,
     )
     scores = {
         name: IdScores(
@@ -101,9 +108,9 @@ def _at_ids(
 
 
 def _over_vocabulary(
-    hidden: torch.Tensor, heads: Heads, micro_batch: MicroBatch, needs: Needs, chunk_tokens: int
+    hidden: torch.Tensor, heads: Heads, micro_batch: MicroBatch, divergence: Divergence, settings: Settings
 ) -> tuple[DenseScores, Moments]:
-    assert heads.teacher is not None and micro_batch.teacher_hidden is not None and needs.divergence is not None, "needs ask for them"
+    assert heads.teacher is not None and micro_batch.teacher_hidden is not None, "needs ask for them"
     teacher_hidden = micro_batch.teacher_hidden
     if not teacher_hidden.shape[1]:  # a micro-batch without a response
         teacher_hidden = heads.teacher.new_zeros(len(teacher_hidden), heads.teacher.shape[1])
@@ -113,9 +120,10 @@ def _over_vocabulary(
         teacher_hidden,
         heads.teacher,
         heads.shard,
-        needs.divergence,
+        divergence,
         rows=micro_batch.mask,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=settings.chunk_tokens,
+        implementation=settings.implementation,
     )
     moments = Moments(student_entropy=found.student_entropy, teacher_entropy=found.teacher_entropy, agreement=found.agree)
     return DenseScores(divergence=found.divergence, kl=found.kl), moments

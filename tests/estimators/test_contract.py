@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_opd.learner.scores import Heads, score
+from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.types import TokenScores
 from tests.estimators.cases import (
     ARMS,
@@ -66,7 +66,7 @@ def every_split_on_this_rank():
                 shard = split(cuts, group, sequence_parallel=tp > 1 and cuts_name != "even")
                 mine = tokens_of(hidden.detach(), shard).clone().requires_grad_(), rows_of(head.detach(), shard).requires_grad_()
                 heads = Heads(student=mine[1], teacher=rows_of(case.teacher_head, shard), shard=shard)
-                estimate = estimator(score(mine[0], heads, case.batch, case.needs, chunk_tokens=3)[0])
+                estimate = estimator(score(mine[0], heads, case.batch, case.needs, Settings(chunk_tokens=3))[0])
                 total(estimate).backward()
                 got = (estimate.loss[MASK], whole_hidden_gradient(mine[0].grad, shard), whole_head_gradient(mine[1].grad, shard))
                 for part, ours, theirs in zip(("loss", "hidden gradient", "head gradient"), got, (expected.loss[MASK], *grads)):

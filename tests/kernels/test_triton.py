@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opd.kernels import reference_dense_kl, reference_logps
+from megatron_opd.kernels import dense_kl, logps, reference_dense_kl, reference_logps
 from megatron_opd.types import Divergence, VocabShard
 
 pytestmark = pytest.mark.engines
@@ -275,6 +275,38 @@ def test_divergences_do_not_depend_on_the_tiles():
     with pytest.MonkeyPatch.context() as monkey:
         tiles(monkey, triton_dense_kl, 64)
         dense_agrees(DIVERGENCES[2], num_tokens=20)
+
+
+@interpreted
+def test_the_doors_give_the_same_by_either_implementation():
+    g = torch.Generator().manual_seed(2)
+    hidden, head, teacher_hidden, teacher_head = (torch.randn(shape, generator=g) / 2 for shape in ((T, D), (512, D), (T, E), (512, E)))
+    ids, rows = torch.randint(V, (T, K), generator=g), torch.tensor([True, False, True, True, False, True, True])
+    upstream, shard = torch.randn(T, K, generator=g), VocabShard(start=0, stop=512, vocab_size=V)
+
+    def both(call):
+        """Values and gradients of hidden states and head by each."""
+        for implementation in ("chunked", "triton"):
+            leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+            loss, seen = call(*leaves, implementation)
+            yield [loss.detach(), *seen, *torch.autograd.grad(loss, leaves)]
+
+    def at_ids(hidden, head, implementation):
+        found = logps(hidden, head, ids, shard, rows=rows, rests=OVERLAPPING, moments=True, temperature=0.7, implementation=implementation)
+        return (found.logp * upstream).sum() + (found.log_rest * upstream[:, :2]).sum(), (found.entropy, found.best)
+
+    def dense(divergence):
+        def call(hidden, head, implementation):
+            options = {"rows": rows, "temperature": 0.7, "implementation": implementation}
+            found = dense_kl(hidden, head, teacher_hidden, teacher_head, shard, divergence, **options)
+            watched = found.kl, found.student_entropy, found.teacher_entropy, found.agree
+            return (found.divergence * upstream[:, 0]).sum(), watched
+
+        return call
+
+    for call in (at_ids, *map(dense, DIVERGENCES)):
+        for ours, theirs in zip(*both(call)):
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiler
