@@ -18,6 +18,7 @@ CASES = {
     "untied llama, tp2 sp": ("llama", {}, {**TP2, "sequence_parallel": True}, {}, 1, "head"),
     "tied llama, pp2, teacher tp2": ("llama", {"tie_word_embeddings": True}, {"pipeline_parallel": 2}, TP2, 1, "draws"),
     "tied qwen2, tp2, teacher pp2": ("qwen2", {"tie_word_embeddings": True}, TP2, {"pipeline_parallel": 2}, 1, "head"),
+    "untied qwen2, one rank": ("qwen2", {}, {}, {}, 1, "draws"),
     "untied qwen3, dp2, vllm tp2": ("qwen3", {}, {"data_parallel": 2}, {}, 2, "draws"),
     "tied qwen3, one rank": ("qwen3", {"tie_word_embeddings": True}, {}, {}, 1, "head"),
 }
