@@ -209,11 +209,14 @@ class HeadGradients:
 
     def finish(self, hidden: torch.Tensor, head: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What backward returns for `hidden` and `head`: `scale` times the sums, of all ranks where it is about tokens."""
-        grad_hidden = None
-        if self._hidden_TD is not None:
-            grad_TD = all_targets(self._hidden_TD * scale, self._plan, count_targets(hidden, self._plan.shard))
-            grad_hidden = reduce_tokens(grad_TD, self._plan.shard).to(hidden.dtype)
-        return grad_hidden, None if self._head is None else hand_over(self._head, head, scale)
+        grad_TD = None if self._hidden_TD is None else self._hidden_TD * scale
+        return tokens_back(grad_TD, hidden, self._plan), None if self._head is None else hand_over(self._head, head, scale)
+
+
+def tokens_back(grad_TD: torch.Tensor | None, hidden: torch.Tensor, plan: Plan) -> torch.Tensor | None:
+    """What backward returns for `hidden`, from this rank's share of the gradient of the targets that count. None stays None."""
+    whole_TD = all_targets(grad_TD, plan, count_targets(hidden, plan.shard))
+    return None if whole_TD is None else reduce_tokens(whole_TD, plan.shard).to(hidden.dtype)
 
 
 def main_grad(head: torch.Tensor) -> torch.Tensor | None:
@@ -274,8 +277,5 @@ def local_backward(
         main = main_grad(head)
         head_sum = torch.zeros_like(head, dtype=wide(head.dtype)) if main is None else main
     rows_sum = None if head_sum is None else true_rows(head_sum, plan.shard)
-    grad_TD = all_targets(
-        local((kept_tokens(hidden, plan), true_rows(head, plan.shard)), rows_sum, needs[0]), plan, count_targets(hidden, plan.shard)
-    )
-    grad_hidden = None if grad_TD is None else reduce_tokens(grad_TD, plan.shard).to(hidden.dtype)
-    return grad_hidden, None if head_sum is None else hand_over(head_sum, head, 1.0)
+    grad_TD = local((kept_tokens(hidden, plan), true_rows(head, plan.shard)), rows_sum, needs[0])
+    return tokens_back(grad_TD, hidden, plan), None if head_sum is None else hand_over(head_sum, head, 1.0)

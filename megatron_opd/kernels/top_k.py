@@ -7,9 +7,19 @@ v vocabulary rows of this rank.
 """
 
 import torch
-import torch.distributed as dist
 
-from megatron_opd.kernels.logits import LOG_ZERO, add_up, chunks, gather_tokens, largest, log_sum_parts, logits, true_rows, wide
+from megatron_opd.kernels.logits import (
+    LOG_ZERO,
+    add_up,
+    chunks,
+    gather_tokens,
+    largest,
+    log_sum_parts,
+    logits,
+    side_by_side,
+    true_rows,
+    wide,
+)
 from megatron_opd.types import VocabShard
 
 
@@ -40,8 +50,9 @@ def top_k(
         max_T[c], sum_T[c] = log_sum_parts(z_Cv)
     max_all_T = largest(max_T, shard)
     norm_T = max_all_T + add_up(sum_T * (max_T - max_all_T).exp(), shard).log()
-    z_TK, order_TK = _side_by_side(z_TK, shard).sort(dim=-1, descending=True, stable=True)  # equal ones stay by rank and row: by id
-    ids_TK = _side_by_side(ids_TK, shard).gather(1, order_TK)
+    z_TK, ids_TK = (side_by_side(one_TK, shard).transpose(0, 1).flatten(1) for one_TK in (z_TK, ids_TK))  # by rank, so by rising rows
+    z_TK, order_TK = z_TK.sort(dim=-1, descending=True, stable=True)  # equal ones stay by rank and row: by id
+    ids_TK = ids_TK.gather(1, order_TK)
     return ids_TK[:, :k].contiguous(), z_TK[:, :k] - norm_T[:, None]
 
 
@@ -54,12 +65,3 @@ def _largest(z_Cv: torch.Tensor, k: int) -> torch.Tensor:
     columns = chosen_Cv.nonzero()[:, 1]
     assert columns.numel() == z_Cv.shape[0] * k, "the logits hold NaN: no order is defined"
     return columns.view(-1, k)
-
-
-def _side_by_side(candidates_TK: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """The candidates [T, tp * K] of all ranks, whose rows of the vocabulary rise with the rank."""
-    if shard.group is None:
-        return candidates_TK
-    gathered = [torch.empty_like(candidates_TK) for _ in range(shard.group.size())]
-    dist.all_gather(gathered, candidates_TK, group=shard.group)
-    return torch.cat(gathered, 1)

@@ -83,7 +83,6 @@ class Learner:
         teacher = self._teacher_head(student, shard) if estimator.needs.divergence and self._module.post_process else None
         self._heads = Heads(student=head_weight(self._module), teacher=teacher, shard=shard) if self._module.post_process else None
         self._kernels = Settings(chunk_tokens=settings.logps_chunk_tokens, moments=settings.moments, implementation=settings.kernels)
-        self._vocab_size = student.hf_config.vocab_size
         self.version = 0
 
     def train(self, trajectories: Sequence[Trajectory]) -> StepReport:
@@ -141,8 +140,10 @@ class Learner:
     def _check_ids(self, batch: MicroBatch) -> None:
         """An id that no shard of the head holds would be scored as logit 0."""
         for ids in (batch.token_ids, *(one.ids for one in (batch.token, batch.head, batch.draws, batch.top) if one is not None)):
-            if ids.max() >= self._vocab_size or ids.min() < 0:
-                raise DataError(f"ids from {int(ids.min())} to {int(ids.max())} in a batch for a vocabulary of {self._vocab_size}")
+            if ids.max() >= self._hf_config.vocab_size or ids.min() < 0:
+                raise DataError(
+                    f"ids from {int(ids.min())} to {int(ids.max())} in a batch for a vocabulary of {self._hf_config.vocab_size}"
+                )
 
     def _gradients(self, micro_batches: list[MicroBatch]) -> diagnostics.Sums:
         """Forward and backward over all micro-batches; gradients end up summed over ranks and divided by the token count."""
