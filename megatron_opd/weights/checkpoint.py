@@ -136,6 +136,9 @@ _INDEX_CLASSES = {
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {  # Megatron leaves the ranks' plans in its index
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    },
     "torch.distributed.checkpoint.storage": {"WriteResult"},
     "pathlib": {"PosixPath"},
     "collections": {"OrderedDict"},
