@@ -7,7 +7,8 @@
 
 A cell is an arm, a lag and a seed: one `megatron-opd train` on the arithmetic example with loop.exact_lag, where every batch is
 trained exactly `lag` steps after it was generated (the first `lag` batches come from version 0). Each cell that has ended is one
-line of OUT/cells.jsonl; a study that was killed goes on where it stopped. All arms share every setting but the estimator's, and
+line of OUT/cells.jsonl; a study that was killed goes on where it stopped. Two cells run at a time, each with all its processes on one
+core (--jobs). All arms share every setting but the estimator's, and
 those that cache ids cache 16 of them per token. A run that stops by itself (loss or gradient not finite, or a guard that
 key=value switched on) is a result: no accuracy, which tables and slopes count as 0. The guards are off, so that a student that
 collapses is measured. Any other failure ends the study.
@@ -20,6 +21,7 @@ JSON: {"arms": {NAME: {"lags": [...], "accuracy": [[per seed]...], "kl": [[...].
 """
 
 import argparse
+import asyncio
 import csv
 import difflib
 import itertools
@@ -58,16 +60,15 @@ LAGS = (0, 64, 8, 16, 4, 32, 2, 1)  # in the order of running, so that half a st
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One objective, and the part of the grid that it runs on when nothing else is asked for."""
+    """One objective, and the seeds that it runs with when nothing else is asked for."""
 
     estimator: str
     settings: dict[str, Any] = field(default_factory=dict)
-    lags: tuple[int, ...] = LAGS
     seeds: int = 3
 
 
 def _sampled(**settings: str) -> Arm:
-    return Arm("sampled_reverse_kl", settings, lags=(0, 64, 16, 4), seeds=1)
+    return Arm("sampled_reverse_kl", settings, seeds=1)
 
 
 MAIN = {
@@ -85,8 +86,8 @@ OTHERS = {
     "decoupled": _sampled(correction="decoupled"),
     "m2po": _sampled(correction="m2po"),
     "sequence": _sampled(correction="sequence"),
-    "reverse_kl_topk": Arm("reverse_kl_topk", {"head": 16}, lags=(0, 64, 16, 4), seeds=1),
-    "dense_reverse_kl": Arm("dense_kl", {"divergence": "reverse"}, lags=(0, 64, 16, 4), seeds=1),
+    "reverse_kl_topk": Arm("reverse_kl_topk", {"head": 16}, seeds=1),
+    "dense_reverse_kl": Arm("dense_kl", {"divergence": "reverse"}, seeds=1),
 }
 ARMS = MAIN | OTHERS
 FINDINGS = {  # of arXiv 2606.24143, by the arms that speak of each; the fourth is about throughput
@@ -103,7 +104,7 @@ SETTINGS = {  # of every cell, beside the example's own
     "guard.support_mass": 0,
     "eval.limit": 200,
 }
-START_S, STEP_S = 43, 0.4  # start-up with evaluation, and one step; only until a first cell has been timed
+START_S, STEP_S = 50, 0.6  # start-up with evaluation, and one step, on one core; only until a first cell has been timed
 RATIOS = ("ratio_p01", "ratio_p50", "ratio_p99", "effective_samples")
 GONE_WRONG = re.compile(r"step \d+: (the loss is|the gradient norm is|responses have grown|the student gives)[^;]*")
 
@@ -125,9 +126,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every cell beside the study's own")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: all")
-    parser.add_argument("--lags", help="optimizer steps, e.g. 0,4,64; default: 8 lags for the first six arms, 0,4,16,64 for the others")
+    parser.add_argument("--lags", help="optimizer steps, e.g. 0,4,64; default: 0,1,2,4,8,16,32,64")
     parser.add_argument("--seeds", type=int, help="default: 3 for the first six arms, 1 for the others")
     parser.add_argument("--steps", type=int, help="optimizer steps of a cell; default: 144, more than twice the largest lag")
+    parser.add_argument("--jobs", type=int, default=min(2, len(os.sched_getaffinity(0))), help="cells at a time, a core for each")
     parser.add_argument("--out", type=Path, help=f"default: {HOME}, with --quick runs/staleness_quick")
     parser.add_argument("--quick", action="store_true", help="2 arms, lags 0 and 4, 1 seed, 12 steps, 20 held-out problems")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
@@ -170,11 +172,11 @@ def plan(arms: str | None = None, lags: str | None = None, seeds: int | None = N
     order = [lag for lag in LAGS if given is None or lag in given] + [lag for lag in given or [] if lag not in LAGS]
     every = itertools.product(range(max([seeds or 0, *(ARMS[name].seeds for name in chosen)])), order, (n for n in ARMS if n in chosen))
     wanted = (Cell(name, lag, seed) for seed, lag, name in every)
-    return [cell for cell in wanted if cell.lag in (given or ARMS[cell.arm].lags) and cell.seed < (seeds or ARMS[cell.arm].seeds)]
+    return [cell for cell in wanted if cell.seed < (seeds or ARMS[cell.arm].seeds)]
 
 
 def study(arguments: argparse.Namespace) -> None:
-    """Runs what is missing of the grid, one cell after the other, and says how long the rest will take."""
+    """Runs what is missing of the grid, and says how long the rest will take."""
     cells = plan(arguments.arms, arguments.lags, arguments.seeds)
     if late := [cell for cell in cells if cell.lag >= arguments.steps]:
         raise ConfigError(f"--steps={arguments.steps} never reaches lag {late[0].lag}; take more steps, or leave that lag out")
@@ -182,24 +184,38 @@ def study(arguments: argparse.Namespace) -> None:
     settings = SETTINGS | {"loop.steps": arguments.steps, "learner.optimizer.warmup_steps": arguments.steps // 16} | given
     _keep_settings(arguments.out, {name: str(value) for name, value in settings.items()})
     subprocess.run([EXAMPLE / "prepare.sh"], check=True)
-    there = read(arguments.out)
+    try:
+        asyncio.run(_run_missing(cells, settings, arguments.out, sorted(os.sched_getaffinity(0))[: arguments.jobs]))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _run_missing(cells: Sequence[Cell], settings: dict[str, Any], out: Path, cores: Sequence[int]) -> None:
+    """Each core takes the next cell as soon as it is free; the first that fails ends the others."""
+    there = read(out)
     done = {Cell(line["arm"], line["lag"], line["seed"]) for line in there}
     missing = [cell for cell in cells if cell not in done]
     seconds = [line["seconds"] for line in there]
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, auto_refresh=False, speed_estimate_period=1e9) as progress:
-        task = progress.add_task("", total=len(missing))
-        for number, cell in enumerate(missing):
-            each = statistics.mean(seconds) if seconds else START_S + STEP_S * arguments.steps
-            hours = f"{(len(missing) - number) * each / 3600:.1f} h to go"
+    waiting = iter(enumerate(missing))
+
+    async def work(core: int) -> None:
+        for number, cell in waiting:
+            each = statistics.mean(seconds) if seconds else START_S + STEP_S * settings["loop.steps"]
+            hours = f"{(len(missing) - number) * each / len(cores) / 3600:.1f} h to go"
             progress.console.print(f"{len(cells) - len(missing) + number + 1}/{len(cells)} {cell}, {hours}", highlight=False)
-            progress.update(task, description=str(cell), refresh=True)
-            line = run(cell, settings, arguments.out)
-            append(arguments.out, line)
+            line = await run(cell, settings, out, core)
+            append(out, line)
             seconds.append(line["seconds"])
             found = line["stopped"] or f"accuracy {line['accuracy']}, KL {line['kl']}"
-            progress.console.print(f"  {found} in {line['seconds']:.0f} s", highlight=False)
+            progress.console.print(f"  {cell}: {found} in {line['seconds']:.0f} s", highlight=False)
             progress.advance(task)
+
+    columns = ("cells", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, auto_refresh=False, speed_estimate_period=1e9) as progress:
+        task = progress.add_task("", total=len(missing))
+        async with asyncio.TaskGroup() as tasks:
+            for core in cores:
+                tasks.create_task(work(core))
 
 
 def _keep_settings(out: Path, settings: dict[str, str]) -> None:
@@ -213,7 +229,7 @@ def _keep_settings(out: Path, settings: dict[str, str]) -> None:
     file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def run(cell: Cell, settings: dict[str, Any], out: Path) -> dict:
+async def run(cell: Cell, settings: dict[str, Any], out: Path, core: int) -> dict:
     """Trains one cell with the product itself and returns its line; the run's directory is gone afterwards, unless it failed."""
     folder, log, arm = out / "runs" / str(cell), out / "runs" / f"{cell}.log", ARMS[cell.arm]
     shutil.rmtree(folder, ignore_errors=True)
@@ -223,21 +239,33 @@ def run(cell: Cell, settings: dict[str, Any], out: Path) -> dict:
     words = [f"{name}={value}" for name, value in (settings | own).items()]
     started = time.monotonic()
     with log.open("w") as output:
-        ended = subprocess.run(
-            [sys.executable, "-m", "megatron_opd", "train", EXAMPLE / "config.yaml", *words],
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "megatron_opd", "train", str(EXAMPLE / "config.yaml"), *words],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            preexec_fn=partial(die_with_parent, os.getpid()),
+            preexec_fn=partial(_start, os.getpid(), core),
         )
+    try:
+        failed = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
     said = log.read_text()
-    wrong = GONE_WRONG.search(said) if ended.returncode else None
-    if ended.returncode and not wrong:
+    wrong = GONE_WRONG.search(said) if failed else None
+    if failed and not wrong:
         raise OPDError(f"{cell} failed, see {folder}; its last words:\n" + "\n".join(said.splitlines()[-20:]))
     line = harvest(cell, folder, wrong and wrong.group()) | {"seconds": round(time.monotonic() - started, 1)}
     shutil.rmtree(folder)
     log.unlink()
     return line
+
+
+def _start(parent: int, core: int) -> None:
+    """What a cell's launcher does before it starts; its roles inherit the core."""
+    die_with_parent(parent)
+    os.sched_setaffinity(0, {core})
 
 
 def harvest(cell: Cell, folder: Path, stopped: str | None) -> dict:

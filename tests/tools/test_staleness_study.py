@@ -1,3 +1,4 @@
+import asyncio
 import json
 import re
 import subprocess
@@ -48,7 +49,7 @@ def test_a_run_that_stopped_counts_as_accuracy_0_and_has_no_kl():
 
 def test_the_grid_runs_seed_by_seed_with_the_telling_lags_and_the_main_arms_first():
     cells = study.plan()
-    assert len(cells) == 6 * 8 * 3 + 8 * 4
+    assert len(cells) == 8 * (6 * 3 + 8)
     assert [(cell.arm, cell.lag) for cell in cells[:15:14]] == [("forward_kl", 0), ("forward_kl", 64)]
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert study.plan("sequence,draws", "4,3", 2)[:3] == [
@@ -71,7 +72,7 @@ def arguments(monkeypatch, out, *words):
 def test_a_study_goes_on_with_the_cells_that_are_missing(tmp_path, monkeypatch):
     ran = []
 
-    def run(cell, settings, out):
+    async def run(cell, settings, out, core):
         ran.append(cell)
         if len(ran) == 3:
             raise OPDError("killed")
@@ -79,7 +80,7 @@ def test_a_study_goes_on_with_the_cells_that_are_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(study.subprocess, "run", lambda command, check: None)
-    given = arguments(monkeypatch, tmp_path, "--arms=frozen,draws", "--lags", "0,4", "--seeds", "1", "rollout.dtype=float32")
+    given = arguments(monkeypatch, tmp_path, "--arms=frozen,draws", "--lags", "0,4", "--seeds", "1", "--jobs=1", "rollout.dtype=float32")
     with pytest.raises(OPDError, match="killed"):
         study.study(given)
     with (tmp_path / "cells.jsonl").open("a") as file:
@@ -93,28 +94,26 @@ def test_a_study_goes_on_with_the_cells_that_are_missing(tmp_path, monkeypatch):
         study.study(arguments(monkeypatch, tmp_path, "--lags=0,4", "--steps=4"))
 
 
+PRODUCT = """#!/bin/sh
+for word; do case $word in run.dir=*) folder=${word#run.dir=};; esac; done
+ratios='"ratio_p01": 0.5, "ratio_p50": 1.0, "ratio_p99": 2.0, "effective_samples": 0.9'
+for step in 1 2 3 4 5; do echo '{"loss": 0.5, "step_seconds": 0.4, "diagnostics": {'"$ratios"'}}'; done > "$folder/metrics.jsonl"
+echo "$SAID"
+exit 1
+"""  # one that fails after five steps
+
+
 def test_a_run_says_what_it_died_of_unless_it_went_wrong_by_itself(tmp_path, monkeypatch):
-    class Ended:
-        returncode = 1
+    product = tmp_path / "product"
+    product.write_text(PRODUCT)
+    product.chmod(0o755)
+    monkeypatch.setattr(study.sys, "executable", str(product))
 
-    def product(said):
-        def run(command, *, stdout, **rest):
-            stdout.write(said)
-            folder = next(word for word in command if str(word).startswith("run.dir=")).removeprefix("run.dir=")
-            metrics = {
-                "loss": 0.5,
-                "step_seconds": 0.4,
-                "diagnostics": {"ratio_p01": 0.5, "ratio_p50": 1.0, "ratio_p99": 2.0, "effective_samples": 0.9},
-            }
-            with open(f"{folder}/metrics.jsonl", "w") as file:
-                file.write((json.dumps(metrics) + "\n") * 5)
-            return Ended()
+    def run(said):
+        monkeypatch.setenv("SAID", said)
+        return asyncio.run(study.run(study.Cell("frozen", 4, 0), {}, tmp_path, 0))
 
-        monkeypatch.setattr(study.subprocess, "run", run)
-
-    cell = study.Cell("frozen", 4, 0)
-    product("step 5  tokens/s 1\nRoleDied: learner-0: step 6: the loss is nan; lower learner.optimizer.lr (log: x)\n")
-    found = study.run(cell, {}, tmp_path)
+    found = run("step 5  tokens/s 1\nRoleDied: learner-0: step 6: the loss is nan; lower learner.optimizer.lr (log: x)")
     assert (
         found["step_seconds"] == 0.4
         and found["stopped"] == "step 6: the loss is nan"
@@ -122,9 +121,24 @@ def test_a_run_says_what_it_died_of_unless_it_went_wrong_by_itself(tmp_path, mon
         and found["ratio_p99"] == 2.0
     )
     assert not list((tmp_path / "runs").iterdir())
-    product("RoleDied: teacher-0: out of memory\n")
     with pytest.raises(OPDError, match="out of memory"):
-        study.run(cell, {}, tmp_path)
+        run("RoleDied: teacher-0: out of memory")
+
+
+def test_a_study_that_is_ended_takes_its_cell_with_it(tmp_path, monkeypatch):
+    product = tmp_path / "product"
+    product.write_text("#!/bin/sh\ntrap 'touch \"$ENDED\"; exit 1' TERM\nwhile :; do sleep 0.05; done\n")
+    product.chmod(0o755)
+    monkeypatch.setattr(study.sys, "executable", str(product))
+    monkeypatch.setenv("ENDED", str(tmp_path / "ended"))
+
+    async def end_it():
+        async with asyncio.timeout(1):
+            await study.run(study.Cell("frozen", 4, 0), {}, tmp_path, 0)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(end_it())
+    assert (tmp_path / "ended").exists()
 
 
 def test_the_report_replaces_figures_and_keeps_words(out):
