@@ -96,6 +96,7 @@ FINDINGS = {  # of arXiv 2606.24143, by the arms that speak of each; the fourth 
     "finding 3": ("reverse_kl_topk", "recomputed", "draws", "head_tail", "dense_reverse_kl"),
 }
 SETTINGS = {  # of every cell, beside the example's own
+    "run.start_timeout_s": 600,  # cells may share their cores with other work
     "loop.exact_lag": "true",
     "loop.batch": 32,
     "learner.optimizer.lr": 1e-3,  # at its peak; one for all arms and chosen beforehand: tuning each would compare tunings
