@@ -113,7 +113,6 @@ GONE_WRONG = re.compile(r"step \d+: (the loss is|the gradient norm is|responses 
 def main() -> None:
     """Runs the cells that are missing, then reports on all that are there."""
     arguments = _arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a study that is ended takes its cell with it
     try:
         _pyplot()  # hours are not spent before this is known to work
         if not arguments.report_only:
@@ -189,10 +188,13 @@ def study(arguments: argparse.Namespace) -> None:
         asyncio.run(_run_missing(cells, settings, arguments.out, sorted(os.sched_getaffinity(0))[: arguments.jobs]))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(f"ended; the cells in {arguments.out / 'cells.jsonl'} are kept, and the same command goes on from there")
 
 
 async def _run_missing(cells: Sequence[Cell], settings: dict[str, Any], out: Path, cores: Sequence[int]) -> None:
     """Each core takes the next cell as soon as it is free; the first that fails ends the others."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # as for SIGINT: cells end with the study
     there = read(out)
     done = {Cell(line["arm"], line["lag"], line["seed"]) for line in there}
     missing = [cell for cell in cells if cell not in done]

@@ -1,8 +1,11 @@
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,20 +128,18 @@ def test_a_run_says_what_it_died_of_unless_it_went_wrong_by_itself(tmp_path, mon
         run("RoleDied: teacher-0: out of memory")
 
 
-def test_a_study_that_is_ended_takes_its_cell_with_it(tmp_path, monkeypatch):
+def test_a_study_that_is_ended_takes_its_cells_with_it(tmp_path, monkeypatch):
     product = tmp_path / "product"
-    product.write_text("#!/bin/sh\ntrap 'touch \"$ENDED\"; exit 1' TERM\nwhile :; do sleep 0.05; done\n")
+    product.write_text('#!/bin/sh\ntrap \'touch "$(mktemp -p "$ENDED")"; exit 1\' TERM\nwhile :; do sleep 0.05; done\n')
     product.chmod(0o755)
+    (tmp_path / "ended").mkdir()
     monkeypatch.setattr(study.sys, "executable", str(product))
+    monkeypatch.setattr(study.subprocess, "run", lambda command, check: None)
     monkeypatch.setenv("ENDED", str(tmp_path / "ended"))
-
-    async def end_it():
-        async with asyncio.timeout(1):
-            await study.run(study.Cell("frozen", 4, 0), {}, tmp_path, 0)
-
-    with pytest.raises(TimeoutError):
-        asyncio.run(end_it())
-    assert (tmp_path / "ended").exists()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit, match="the same command goes on from there"):
+        study.study(arguments(monkeypatch, tmp_path, "--arms=frozen", "--lags=0,4", "--seeds=1", "--jobs=2"))
+    assert len(list((tmp_path / "ended").iterdir())) == min(2, len(os.sched_getaffinity(0)))
 
 
 def test_the_report_replaces_figures_and_keeps_words(out):
