@@ -6,14 +6,16 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
 
 from megatron_opd import config as configs
+from megatron_opd import placement
 from megatron_opd.errors import ConfigError, OPDError
 from megatron_opd.launch import LAUNCHER, Children, prepare, report_death
-from megatron_opd.placement import EVALUATION, Process, place
+from megatron_opd.placement import Process, Resources, place
 from megatron_opd.progress import Progress, console
 
 
@@ -56,10 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_convert(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron-Core"))
 
-    role = commands.add_parser("role", help="run one process of a role (what SLURM calls)")
+    role = commands.add_parser("role", help="run one process of a role (what the launchers call)")
     role.add_argument("name", choices=["controller", "learner", "rollout", "teacher", "evaluate"])
     role.add_argument("config", type=Path, help="the resolved config.yaml in the run directory")
-    role.add_argument("--index", type=int, default=int(os.environ.get("SLURM_PROCID", 0)), help="among the processes of this role")
+    role.add_argument("--index", type=int, default=0, help="among the processes of this role")
+    role.add_argument("--host", help="address of this machine that it binds to (default: run.host)")
     role.set_defaults(run=_role)
     return parser
 
@@ -101,35 +104,44 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_opd.preflight import build_estimator, check
 
     needs = build_estimator(config).needs
-    processes = place(config, generation=needs.generation)
+    processes = place(config, _this_machine(config), generation=needs.generation)
     check(config)  # what can be refused is refused before a process starts, or a directory is made
     if arguments.dry_run:
         console().print(configs.to_yaml(config), _roles(processes), highlight=False)
         return
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to SIGINT
         signal.signal(number, signal.default_int_handler)
-    folder = prepare(config)
-    console().print(f"starting {len(processes)} processes, logs in {folder / 'logs'}", highlight=False)
+    folder = prepare(config, processes)
+    loop = [process for process in processes if process.role != "evaluate"]
+    console().print(f"starting {len(loop)} processes, logs in {folder / 'logs'}", highlight=False)
     with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
-        for process in processes:
+        for process in loop:
             children.start(process)
         children.watch("controller", progress.update)
-    if config.eval.prompts:
+    for evaluation in (process for process in processes if process.role == "evaluate"):
         console().print(f"evaluating on {config.eval.prompts}", highlight=False)
         with console().status("evaluating on held-out prompts"), Children(folder, config) as children:
-            children.start(EVALUATION)
+            children.start(evaluation)
             children.watch("evaluate", lambda: None, timeout_s=config.eval.timeout_s)
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
 
 
+def _this_machine(config: configs.Config) -> Resources:
+    """CPU cores are not counted here: roles share them unless their own setting pins them."""
+    if config.run.device == "cpu":
+        return Resources(nodes=1)
+    from torch.cuda import device_count
+
+    return Resources(nodes=1, gpus_per_node=device_count())
+
+
 def _roles(processes: tuple[Process, ...]) -> Table:
-    table = Table("process", "replica", "rank", "cores", title="roles")
+    table = Table("process", "replica", "rank", "node", "GPUs", "cores", title="roles")
     for process in processes:
-        table.add_row(
-            process.name, str(process.replica), f"{process.rank}/{process.world_size}", ", ".join(map(str, process.cores)) or "any"
-        )
+        devices, cores = (", ".join(map(str, numbers)) or "any" for numbers in (process.devices, process.cores))
+        table.add_row(process.name, str(process.replica), f"{process.rank}/{process.world_size}", str(process.node), devices, cores)
     return table
 
 
@@ -140,6 +152,8 @@ def _role(arguments: argparse.Namespace) -> None:
         die_with_parent(int(launcher))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     config = configs.load(arguments.config)
+    if arguments.host:
+        config = replace(config, run=replace(config.run, host=arguments.host))
     try:
         process = _process(config, arguments.name, arguments.index)
         pin(process.cores)
@@ -155,7 +169,7 @@ def _role(arguments: argparse.Namespace) -> None:
 
 
 def _process(config: configs.Config, name: str, index: int) -> Process:
-    processes = [process for process in (*place(config, generation=True), EVALUATION) if process.role == name]
+    processes = [process for process in placement.load(Path(config.run.dir)) if process.role == name]
     if not 0 <= index < len(processes):
         raise ConfigError(f"role {name} has {len(processes)} processes by this config, so --index={index} is not one of them")
     return processes[index]

@@ -4,6 +4,7 @@ A section checks itself in `__post_init__`; `Config` checks what lies between se
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class RunConfig:
     dir: str = "runs/default"  # logs, metrics, keys, exports; must be new or empty
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
-    host: str = "127.0.0.1"  # address that roles bind to and are reached at
+    host: str = "127.0.0.1"  # address that roles bind to and are reached at; on several nodes each has its own
     port: int = 0  # of the controller; 0 picks a free one
     start_timeout_s: float = 180.0  # for all roles to report in
     peer_timeout_s: float = 600.0  # for any single answer: a training step, a score, a weight update
@@ -247,6 +248,50 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """The machines that a job gets and which role runs where; `train`, which has one machine, puts all of them there."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8  # run.device=cuda only
+    cores_per_node: int = 0  # run.device=cpu only: dealt out like GPUs, and roles are pinned to theirs; 0: not counted
+    learner: tuple[int, ...] = ()  # nodes (0, 1, ...) that this role may use, filled in this order; () allows all
+    rollout: tuple[int, ...] = ()
+    teacher: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _positive("cluster", self, "nodes", "gpus_per_node")
+        _require(self.cores_per_node >= 0, f"cluster.cores_per_node={self.cores_per_node} must be 0 or more")
+        for role in ("learner", "rollout", "teacher"):
+            wrong = [node for node in getattr(self, role) if not 0 <= node < self.nodes]
+            _require(not wrong, f"cluster.{role} names node {wrong}, but cluster.nodes={self.nodes} are numbered from 0")
+
+
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What `megatron-opd launch slurm` asks of SLURM."""
+
+    time: str = ""  # limit of the job in SLURM's notation, e.g. 24:00:00; `launch slurm` refuses to go without
+    job_name: str = "megatron-opd"
+    options: tuple[str, ...] = ()  # further #SBATCH lines, e.g. --partition=gpu, --gres=gpu:8, --account=me
+    hetjob_options: tuple[str, ...] = ()  # of a second component with the nodes that no learner runs on; () makes one job of all
+    signal_s: int = 300  # before the limit: the controller is told to save and to end
+    requeue: bool = True  # when preempted, when a node fails, and after the signal
+    setup: str = ""  # shell lines that come before the steps, e.g. module load cuda
+    container_image: str = ""  # pyxis: the steps run in it and find `megatron-opd` on its PATH; "" runs this installation
+    container_mounts: str = ""  # pyxis: SOURCE:TARGET,...; run.dir and the model folders must be among them
+
+    def __post_init__(self) -> None:
+        _require(not self.time or bool(_TIME.fullmatch(self.time)), f"slurm.time={self.time} is no time limit; write e.g. 24:00:00")
+        _positive("slurm", self, "signal_s")
+        _require(not self.container_mounts or bool(self.container_image), "slurm.container_mounts needs slurm.container_image")
+        for option in (*self.options, *self.hetjob_options):
+            _require(option.startswith("-") and "\n" not in option, f"slurm option {option!r} is not of the form --name=value")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -260,6 +305,8 @@ class Config:
     loop: LoopConfig = field(default_factory=LoopConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         _require(

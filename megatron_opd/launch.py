@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from megatron_opd import placement
 from megatron_opd.config import Config, to_yaml
 from megatron_opd.errors import ConfigError, HungUpError, OPDError
 from megatron_opd.placement import Process
@@ -41,8 +42,8 @@ class Child:
     report: IO[bytes]  # read end of its error pipe
 
 
-def prepare(config: Config) -> Path:
-    """Makes the run directory with resolved config and keys.
+def prepare(config: Config, processes: tuple[Process, ...]) -> Path:
+    """Makes the run directory with resolved config, placement and keys.
 
     Raises:
         ConfigError: it already holds a run, or cannot be written.
@@ -55,6 +56,7 @@ def prepare(config: Config) -> Path:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         make_keys(folder / "keys")
         (folder / "config.yaml").write_text(to_yaml(config))
+        placement.save(processes, folder)
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error}") from error
     return folder
@@ -62,7 +64,7 @@ def prepare(config: Config) -> Path:
 
 def _clear_failed_start(folder: Path) -> None:
     """Removes what a run left that ended before its first step; a directory with anything else in it stays as it is."""
-    made = {"config.yaml", "controller.json", "keys", "logs", "metrics.jsonl", "rendezvous", "tensorboard"}
+    made = {"config.yaml", "controller.json", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
     if "config.yaml" in found and found <= made and not (steps.exists() and steps.stat().st_size):
@@ -101,6 +103,8 @@ class Children:
             str(self._folder / "config.yaml"),
             "--index",
             str(process.index),
+            "--host",
+            self._config.run.host,
         ]
         log = self._folder / "logs" / f"{process.name}.log"
         reading, writing = os.pipe()

@@ -44,6 +44,10 @@ def test_config_is_frozen():
         ({"learner": {"optimizer": {"beta2": 1.0}}}, r"beta2=1.0 must lie in \[0, 1\)"),
         ({"eval": {"limit": -5}}, "eval.limit=-5 must be 0 or more"),
         ({"guard": {"length_growth": -1}}, "length_growth=-1.0 must be 0 or more than 1"),
+        ({"cluster": {"nodes": 2, "rollout": [2]}}, r"cluster\.rollout names node \[2\], but cluster\.nodes=2"),
+        ({"slurm": {"time": "tomorrow"}}, r"slurm\.time=tomorrow is no time limit; write e\.g\. 24:00:00"),
+        ({"slurm": {"container_mounts": "/a:/b"}}, r"container_mounts needs slurm\.container_image"),
+        ({"slurm": {"options": ["partition=gpu"]}}, "'partition=gpu' is not of the form --name=value"),
         ({"guard": {"support_mass": 5}}, r"support_mass=5.0 must lie in \[0, 1\)"),
     ],
 )
