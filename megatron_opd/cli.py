@@ -1,4 +1,4 @@
-"""The command line: `megatron-opd train | convert | role`."""
+"""The command line: `megatron-opd train | launch | convert | step | role`."""
 
 import argparse
 import logging
@@ -17,6 +17,8 @@ from megatron_opd.errors import ConfigError, OPDError
 from megatron_opd.launch import LAUNCHER, Children, prepare, report_death
 from megatron_opd.placement import Process, Resources, place
 from megatron_opd.progress import Progress, console
+
+_ROLES = ("controller", "learner", "rollout", "teacher", "evaluate")
 
 
 def main() -> None:
@@ -56,10 +58,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and the roles, start nothing")
     train.set_defaults(run=_train)
 
+    launch = commands.add_parser("launch", help="run all roles on a cluster")
+    slurm = launch.add_subparsers(required=True, metavar="WHERE").add_parser("slurm", help="as one SLURM job")
+    slurm.add_argument("config", type=Path)
+    slurm.add_argument("overrides", nargs="*", metavar="key=value")
+    slurm.add_argument("--dry-run", action="store_true", help="check everything, print config, roles and the job's script; submit nothing")
+    slurm.add_argument(
+        "--configs-only",
+        action="store_true",
+        help="of model folders check config.json alone, not weights or tokenizers, and no prompts: for a dry run where they are not",
+    )
+    slurm.set_defaults(run=_launch_slurm)
+
     _add_convert(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron-Core"))
 
+    step = commands.add_parser("step", help="run this node's processes of one role (what a SLURM job calls)")
+    step.add_argument("config", type=Path, help="the resolved config.yaml in the run directory")
+    step.add_argument("role", choices=_ROLES)
+    step.set_defaults(run=_step)
+
     role = commands.add_parser("role", help="run one process of a role (what the launchers call)")
-    role.add_argument("name", choices=["controller", "learner", "rollout", "teacher", "evaluate"])
+    role.add_argument("name", choices=_ROLES)
     role.add_argument("config", type=Path, help="the resolved config.yaml in the run directory")
     role.add_argument("--index", type=int, default=0, help="among the processes of this role")
     role.add_argument("--host", help="address of this machine that it binds to (default: run.host)")
@@ -126,6 +145,47 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
+
+
+def _launch_slurm(arguments: argparse.Namespace) -> None:
+    from megatron_opd import preflight, slurm
+
+    config = configs.load(arguments.config, arguments.overrides)
+    if arguments.configs_only and not arguments.dry_run:
+        raise ConfigError("--configs-only leaves weights, tokenizers and prompts unchecked; it goes with --dry-run only")
+    needs = preflight.build_estimator(config).needs
+    processes = place(config, placement.cluster_resources(config), generation=needs.generation)
+    script = slurm.script(config, processes)
+    preflight.check_configs(config) if arguments.configs_only else preflight.check(config)
+    if arguments.dry_run:
+        console().print(configs.to_yaml(config), _roles(processes), script, highlight=False, markup=False, soft_wrap=True)
+        return
+    slurm.require_sbatch()
+    folder = prepare(config, processes)
+    file = folder / "job.sbatch"
+    file.write_text(script)
+    job = slurm.submit(file)
+    console().print(f"job {job} submitted: {file}\nits output: {folder / 'job.log'}, logs of the roles: {folder / 'logs'}", highlight=False)
+
+
+def _step(arguments: argparse.Namespace) -> None:
+    from megatron_opd.slurm import run_step
+    from megatron_opd.summary import show
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    config = configs.load(arguments.config)
+    folder, last = Path(config.run.dir), "evaluate" if config.eval.prompts else "controller"
+    try:
+        if arguments.role == "controller":
+            with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress:
+                run_step(config, arguments.role, progress.update)
+        else:
+            run_step(config, arguments.role, lambda: None)
+    except KeyboardInterrupt:
+        sys.exit(143)  # the job ends this step because of another one, which has said why
+    if arguments.role == last and (folder / "summary.json").exists():
+        show(folder / "summary.json", console())
 
 
 def _this_machine(config: configs.Config) -> Resources:

@@ -31,6 +31,11 @@ _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
 class RoleDied(OPDError):
     """A role ended before its time; the message is its own last error where it left one."""
 
+    def __init__(self, message: str, *, distance: int = 5, time_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.distance = distance  # from the root of what went wrong; of several deaths the least is the cause
+        self.time_s = time_s  # since the epoch, where it is known
+
 
 @dataclass(slots=True)
 class Child:
@@ -83,11 +88,11 @@ class Children:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._signal(signal.SIGTERM)
+        self._signal_groups(signal.SIGTERM)
         deadline = time.monotonic() + _TERMINATE_S
         while time.monotonic() < deadline and any(child.popen.poll() is None for child in self._children):
             time.sleep(0.02)
-        self._signal(signal.SIGKILL)
+        self._signal_groups(signal.SIGKILL)
         for child in self._children:
             child.popen.wait()
             child.report.close()
@@ -156,9 +161,16 @@ class Children:
             return
         time.sleep(1.0)  # the cause and those it took with it die within moments: let all of them speak
         failed = [child for child in self._children if child.popen.poll() not in (None, 0)]
-        raise RoleDied(min(_cause(child) for child in failed)[-1])
+        distance, time_s, message = min(_cause(child) for child in failed)
+        raise RoleDied(message, distance=distance, time_s=time_s)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def forward(self, number: signal.Signals) -> None:
+        """Sends a signal to the processes that were started, not to those that they have started themselves."""
+        for child in self._children:
+            if child.popen.poll() is None:
+                child.popen.send_signal(number)
+
+    def _signal_groups(self, number: signal.Signals) -> None:
         for child in self._children:
             try:
                 os.killpg(child.popen.pid, number)

@@ -100,25 +100,44 @@ def check(config: Config) -> Checked:
     Raises:
         ConfigError, CheckpointError, DataError: the first thing that is wrong and what to do.
     """
+    check_configs(config)
+    needs, student = build_estimator(config).needs, load_hf_config(config.student.path)
+    for path, hf_config in _models(config):
+        with SafetensorsFolder(path) as files:  # opens headers only
+            files.check(hf_manifest(hf_config, "float32"))
+    tokenizer = load_tokenizer(config.student.path)
+    if config.teacher.backend != "none":
+        require_same_tokens(config.student.path, config.teacher.path)
+    positions = student.max_position_embeddings
+    records = load_records(config.data.prompts, tokenizer, config.data, completions=not needs.generation, max_tokens=positions)
+    if config.eval.verifier:
+        _check_verifier(config)
+    return Checked(records=records, heldout=load_heldout(config, tokenizer))
+
+
+def check_configs(config: Config) -> None:
+    """The part of `check` that reads of a model's folder config.json alone: no weights, no tokenizer, no prompts.
+
+    Raises:
+        ConfigError, CheckpointError: see `check`.
+    """
     needs = build_estimator(config).needs
     student = load_hf_config(config.student.path)
-    _check_model("student", config.student.path, student, tensor=config.learner.tensor_parallel, pipeline=config.learner.pipeline_parallel)
+    _check_split("student", config.student.path, student, tensor=config.learner.tensor_parallel, pipeline=config.learner.pipeline_parallel)
     if needs.generation:
         architecture(student).require_divisible(tensor=config.rollout.tensor_parallel, pipeline=1)
+    if needs.generation or config.eval.prompts:
         _check_length(config, "student", student)
     widest = max(needs.head + (needs.draws > 0), needs.teacher_top)
     if widest > student.vocab_size:
         raise ConfigError(f"estimator {config.estimator.name} asks for {widest} ids of a vocabulary of {student.vocab_size}; ask for fewer")
     if config.teacher.backend != "none":
         _check_teacher(config, student)
-    tokenizer = load_tokenizer(config.student.path)
-    positions = student.max_position_embeddings
-    records = load_records(config.data.prompts, tokenizer, config.data, completions=not needs.generation, max_tokens=positions)
-    if config.eval.prompts:
-        _check_length(config, "student", student)
-    if config.eval.verifier:
-        _check_verifier(config)
-    return Checked(records=records, heldout=load_heldout(config, tokenizer))
+
+
+def _models(config: Config) -> list[tuple[str, PretrainedConfig]]:
+    paths = [config.student.path] + ([config.teacher.path] if config.teacher.backend != "none" else [])
+    return [(path, load_hf_config(path)) for path in paths]
 
 
 def _check_verifier(config: Config) -> None:
@@ -158,19 +177,15 @@ def _check_teacher(config: Config, student: PretrainedConfig) -> None:
             f"the evaluation scores with vLLM on teacher.tensor_parallel={settings.tensor_parallel} ranks alone, not on "
             f"teacher.pipeline_parallel={settings.pipeline_parallel} times as many; set eval.prompts= and evaluate the export by itself"
         )
-    require_same_tokens(config.student.path, settings.path)
     _check_length(config, "teacher", teacher)
-    _check_model("teacher", settings.path, teacher, tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel)
+    _check_split("teacher", settings.path, teacher, tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel)
 
 
-def _check_model(name: str, path: str, hf_config: PretrainedConfig, *, tensor: int, pipeline: int) -> None:
-    """Opens headers only: names, shapes and how they divide."""
+def _check_split(name: str, path: str, hf_config: PretrainedConfig, *, tensor: int, pipeline: int) -> None:
     try:
         architecture(hf_config).require_divisible(tensor=tensor, pipeline=pipeline)
     except ConfigError as error:
         raise ConfigError(f"{name} {path}: {error}") from error
-    with SafetensorsFolder(path) as files:
-        files.check(hf_manifest(hf_config, "float32"))
 
 
 def _check_length(config: Config, name: str, hf_config: PretrainedConfig) -> None:

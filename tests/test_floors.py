@@ -15,6 +15,7 @@ FLOORS = [
     {"rollout", "teacher", "learner"},
     {"preflight", "controller", "placement", "progress", "summary"},
     {"roles", "launch", "convert"},
+    {"slurm"},
     {"cli"},
 ]
 GUESTS = {

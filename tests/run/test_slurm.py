@@ -1,0 +1,99 @@
+"""The whole system as a job of a real SLURM with two nodes."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.run import cluster, tiny_run
+
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
+
+LAYOUT = {"learner": {"tensor_parallel": 2}, "cluster": {"nodes": 2, "learner": [0], "rollout": [1], "teacher": [1]}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    tiny: tiny_run.Tiny
+    variables: dict[str, str]
+
+    def run(self, *words, check=True):
+        done = subprocess.run(words, env=self.variables, capture_output=True, text=True, timeout=120)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def submit(self, config, *overrides):
+        """`launch slurm`; returns the job's number."""
+        launch = (sys.executable, "-m", "megatron_opd", "launch", "slurm", str(config), "slurm.time=30", *overrides)
+        return self.run(*launch).stdout.split()[1]
+
+    def state(self, job):
+        return self.run("scontrol", "--oneliner", "show", "job", job).stdout.split("JobState=")[1].split()[0]
+
+    def wait(self, job, name, *states, timeout_s=240):
+        deadline = time.monotonic() + timeout_s
+        while (state := self.state(job)) not in states:
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}: {self.log(name)}"
+            assert time.monotonic() < deadline, f"{state}: {self.log(name)}"
+            time.sleep(0.3)
+
+    def log(self, name):
+        file = self.tiny.folder / name / "job.log"
+        return file.read_text() if file.exists() else "no output"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    with cluster.cluster(tmp_path_factory.mktemp("slurm")) as variables:
+        tiny = tiny_run.make(tmp_path_factory.mktemp("tiny"))
+        yield Bench(tiny=tiny, variables={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+
+
+def test_two_nodes_reach_the_losses_of_one_machine(bench):
+    sections = {**LAYOUT, "loop": {"steps": 3}}
+    job = bench.submit(bench.tiny.config("job", **sections))
+    bench.wait(job, "job", "COMPLETED")
+    tiny_run.train(bench.tiny.config("local", **sections))
+    ours, wanted = bench.tiny.steps("job"), bench.tiny.steps("local")
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in wanted], rel=1e-5)
+    assert [step["tokens"] for step in ours] == [step["tokens"] for step in wanted]
+    assert "step 3" in bench.log("job") and "run summary" in bench.log("job")
+    assert (bench.tiny.folder / "job" / "logs" / "learner-1.log").exists()
+
+
+def test_a_killed_role_ends_the_job_with_its_name(bench):
+    job = bench.submit(bench.tiny.config("kill", **LAYOUT, loop={"steps": 100_000, "batch": 4, "max_lag": 1}))
+    lines = Path(bench.tiny.folder / "kill" / "metrics.jsonl")
+    deadline = time.monotonic() + 150
+    while not lines.exists() or lines.read_text().count("\n") < 2:
+        assert bench.state(job) in ("PENDING", "CONFIGURING", "RUNNING") and time.monotonic() < deadline, bench.log("kill")
+        time.sleep(0.2)
+    words = ["role", "teacher", str(bench.tiny.folder / "kill" / "config.yaml")]
+    roles = [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[3:6] == words]
+    roles[0].kill()
+    killed = time.monotonic()
+    bench.wait(job, "kill", "FAILED", timeout_s=60)
+    assert time.monotonic() - killed < 30
+    assert bench.log("kill").strip().splitlines()[-1].startswith("teacher-0 was killed by SIGKILL")
+    ours = str(bench.tiny.folder / "kill" / "config.yaml")
+    assert not [process for process in psutil.process_iter(["cmdline"]) if ours in (process.info["cmdline"] or [])], "orphans"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["slurm.time="], "ConfigError: slurm.time is missing; name the job's time limit, e.g. slurm.time=24:00:00"),
+        (["slurm.options=[--partition=nowhere]"], "invalid partition specified: nowhere"),
+        (["cluster.nodes=3"], "Node count specification invalid"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused_in_one_line(bench, words, message):
+    config = bench.tiny.config("refused", **LAYOUT)
+    launch = (sys.executable, "-m", "megatron_opd", "launch", "slurm", str(config), "slurm.time=5", *words)
+    done = bench.run(*launch, check=False)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
