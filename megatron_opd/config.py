@@ -35,6 +35,7 @@ class RunConfig:
     dir: str = "runs/default"  # logs, metrics, keys, exports; must be new or empty
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
+    colocated: bool = False  # True: learner and rollout share processes and devices, in turns; weights never leave them
     host: str = "127.0.0.1"  # address that roles bind to and are reached at; on several nodes each has its own
     port: int = 0  # of the controller; 0 picks a free one
     start_timeout_s: float = 180.0  # for all roles to report in
@@ -312,6 +313,15 @@ class Config:
         _require(
             self.teacher.backend == "none" or bool(self.teacher.path),
             "teacher.path is missing; name a Hugging Face folder or set teacher.backend=none",
+        )
+        ranks, width = self.learner.world_size, self.rollout.tensor_parallel
+        _require(
+            not self.run.colocated or (self.rollout.replicas == 1 and width == ranks),
+            f"run.colocated=true wants one rollout engine over all {ranks} learner ranks, got rollout.replicas={self.rollout.replicas} and "
+            f"rollout.tensor_parallel={width}; set rollout.replicas=1 and rollout.tensor_parallel={ranks}",
+        )
+        _require(
+            not self.run.colocated or not self.rollout.cores, "run.colocated=true gives rollouts the learner's cores; set rollout.cores=[]"
         )
 
 

@@ -69,7 +69,8 @@ def place(config: Config, resources: Resources, *, generation: bool) -> tuple[Pr
     """All processes of a run, with their nodes and devices. vLLM makes its own workers, so a replica of it is one process here.
 
     GPUs (on CPU: counted cores) are dealt out one after another: learner ranks first, then rollouts, then teachers, each on
-    the first of the role's nodes where the process fits. Controller and evaluation share what others have.
+    the first of the role's nodes where the process fits. Controller and evaluation share what others have, and rollouts live in
+    the learner's processes where `run.colocated` says so.
 
     Raises:
         ConfigError: they do not fit; the message holds the arithmetic.
@@ -120,7 +121,7 @@ def load(folder: Path) -> tuple[Process, ...]:
 def _parts(config: Config, generation: bool) -> list[_Part]:
     learner, rollout, teacher = config.learner, config.rollout, config.teacher
     parts = [_Part(role="learner", replicas=1, world_size=learner.world_size, width=1, cores=learner.cores)]
-    if generation:
+    if generation and not config.run.colocated:
         parts.append(_Part(role="rollout", replicas=rollout.replicas, world_size=1, width=rollout.tensor_parallel, cores=rollout.cores))
     if teacher.backend == "megatron":
         ranks = teacher.tensor_parallel * teacher.pipeline_parallel

@@ -17,10 +17,11 @@ from megatron_opd.data.prompts import load_tokenizer
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
 from megatron_opd.placement import Process
 from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config, needs_of
-from megatron_opd.runtime import rpc, wire
+from megatron_opd.runtime import rpc
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.runtime.imports import load_object
 from megatron_opd.runtime.nvtx import mark_operations
+from megatron_opd.turns import Desks, Turns, serve
 from megatron_opd.types import (
     Done,
     Export,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_opd.learner.learner import Learner
+    from megatron_opd.rollout.engine import EngineSettings
 
 
 T = TypeVar("T")
@@ -116,6 +118,12 @@ def _learner(config: Config, process: Process) -> None:
     if config.run.device == "cuda":
         mark_operations()
     ranks = _ranks(config, process)
+    if config.run.colocated and needs_of(config).generation:
+        from megatron_opd.rollout.inprocess import InProcessRollout
+
+        rollout = InProcessRollout(_engine_settings(config, 0), rank=process.rank)
+    else:
+        rollout = None
     given = config.teacher if config.teacher.backend != "none" else None
     student = StudentModel(
         path=config.student.path,
@@ -127,8 +135,14 @@ def _learner(config: Config, process: Process) -> None:
         teacher_moments=needs_of(config).moments,
     )
     learner = Learner(student, config.learner, build_estimator(config), ranks)
+    handler = LearnerHandler(config, learner, first=process.rank == 0)
+    if rollout is not None:
+        roles = [replace(process, role=role, replica=0) for role in ("learner", "rollout")]
+        desks = Desks([_open(rpc.Desk, config, role) for role in roles]) if process.rank == 0 else None
+        serve(desks, Turns(learner, rollout, handler, ranks, dtype=config.rollout.dtype), ranks)
+        return
     desk = _open(rpc.Desk, config, process) if process.rank == 0 else None
-    _serve(desk, ranks, LearnerHandler(config, learner, first=process.rank == 0), _one_by_one)
+    _serve(desk, ranks, handler, _one_by_one)
 
 
 class LearnerHandler:
@@ -179,7 +193,7 @@ def _serve(desk: rpc.Desk | None, ranks: Ranks | None, handle: Handler, batches:
     while True:
         for numbers, request in batches(desk.receive(gather_s)) if desk is not None else [([], None)]:
             if ranks is not None:
-                request = _share(ranks, request)
+                request = ranks.share(request)
             try:
                 answers = handle(request)
             except Exception as error:
@@ -224,31 +238,24 @@ def _by_tokens(limit: int) -> Batches:
     return batches
 
 
-def _share(ranks: Ranks, message: object | None) -> object:
-    if ranks.world_size == 1:
-        return message
-    frame = None
-    if message is not None:
-        name, body = wire.encode(message)
-        frame = len(name).to_bytes(1, "big") + name + body
-    frame = ranks.broadcast(frame)
-    end = 1 + frame[0]
-    return wire.decode(frame[1:end], frame[end:])
+def _engine_settings(config: Config, replica: int) -> "EngineSettings":
+    from megatron_opd.rollout.engine import EngineSettings
 
-
-async def _rollout(config: Config, process: Process) -> None:
-    from megatron_opd.rollout.engine import EngineSettings, VLLMRollout
-
-    settings = EngineSettings(
+    return EngineSettings(
         rollout=config.rollout,
         path=config.student.path,
         needs=needs_of(config),
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         device=config.run.device,
-        seed=config.run.seed * 1000 + process.replica,
+        seed=config.run.seed * 1000 + replica,
         timeout_s=config.run.peer_timeout_s,
     )
-    backend: RolloutBackend = await VLLMRollout.start(settings)
+
+
+async def _rollout(config: Config, process: Process) -> None:
+    from megatron_opd.rollout.engine import VLLMRollout
+
+    backend: RolloutBackend = await VLLMRollout.start(_engine_settings(config, process.replica))
     desk = _open(rpc.AsyncDesk, config, process)
     await desk.greet()
 

@@ -240,6 +240,13 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Among ranks that learner and rollout share -> Rollouts: as many prompts as are sampled in one turn."""
+
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Controller to teacher, one rollout -> TeacherScores. Inside a teacher: as many as its ranks score together."""
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"weights"},
     {"model"},
     {"rollout", "teacher", "learner"},
-    {"preflight", "controller", "placement", "progress", "summary"},
+    {"preflight", "controller", "placement", "turns", "progress", "summary"},
     {"roles", "launch", "convert"},
     {"slurm"},
     {"cli"},

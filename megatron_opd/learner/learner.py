@@ -84,6 +84,7 @@ class Learner:
         self._heads = Heads(student=head_weight(self._module), teacher=teacher, shard=shard) if self._module.post_process else None
         self._kernels = Settings(chunk_tokens=settings.logps_chunk_tokens, moments=settings.moments, implementation=settings.kernels)
         self.version = 0
+        self._parked = False
 
     def train(self, trajectories: Sequence[Trajectory]) -> StepReport:
         """One optimizer step. Every rank gets the same trajectories, in the same order.
@@ -126,6 +127,20 @@ class Learner:
     def weights(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors in the order of the manifest, on the first rank; the others take part and yield nothing."""
         return export_hf(self._module, self._hf_config, self._parallel, dtype)
+
+    def park(self) -> None:
+        """Leaves the device's memory to others: gradients are dropped, optimizer state goes to the host. Nothing on CPU."""
+        if self._device == "cuda" and not self._parked:
+            self._model.offload_grad_buffers()
+            self._optimizer.offload_to_cpu()
+            self._parked = True
+
+    def unpark(self) -> None:
+        """Brings back what `park` put away."""
+        if self._parked:
+            self._model.restore_grad_buffers()
+            self._optimizer.restore_from_cpu()
+            self._parked = False
 
     def _pack(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
         lengths = [len(t.rollout.prompt_ids) + len(t.rollout.response_ids) - 1 for t in trajectories]

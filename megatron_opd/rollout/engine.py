@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from vllm import SamplingParams, TokensPrompt
@@ -58,6 +59,7 @@ class EngineSettings:
             )
 
 
+@cache
 def end_ids(path: str | Path) -> tuple[int, ...]:
     """The ids that end a response: those of generation_config.json, else of config.json.
 
@@ -84,7 +86,6 @@ class VLLMRollout:
         self._settings = settings
         self._engine = engine
         self._name = f"rollout engine (pid {pid})"
-        self._end_ids = list(end_ids(settings.path))
         self._width = settings.needs.head + settings.needs.draws
         self._numbers = count()
         self._running: set[asyncio.Task] = set()
@@ -102,7 +103,9 @@ class VLLMRollout:
         """
         check_packages()
         try:
-            engine = AsyncLLM.from_engine_args(_engine_args(settings))
+            engine = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**engine_arguments(settings), weight_transfer_config=WeightTransferConfig(backend=worker.BACKEND))
+            )
         except RuntimeError as failure:
             raise PeerError(f"rollout engine for {settings.path} did not start: {failure}") from failure
         async with asyncio.timeout(settings.timeout_s):
@@ -183,7 +186,7 @@ class VLLMRollout:
 
     async def _generate(self, prompt: Prompt) -> Rollout:
         key = f"{prompt.index}-{next(self._numbers)}"
-        params = self._sampling(key)
+        params = sampling_params(self._settings, key)
         try:
             outputs = [o async for o in self._engine.generate(TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()), params, key)]
         except Exception as failure:  # vLLM wraps whatever happened in the engine into its own unrelated types
@@ -192,40 +195,7 @@ class VLLMRollout:
         if completion.finish_reason not in ("stop", "length"):
             raise PeerError(f"{self._name} gave up prompt {prompt.index} with finish reason {completion.finish_reason!r}")
         recorded = await self._take(key, len(completion.token_ids)) if self._width else None
-        return self._rollout(prompt, completion, recorded)
-
-    def _sampling(self, key: str) -> SamplingParams:
-        rollout, needs = self._settings.rollout, self._settings.needs
-        return SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            stop_token_ids=self._end_ids,
-            logprobs=0 if needs.behaviour_logp or needs.draws else None,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={draws.KEY: key} if self._width else None,
-        )
-
-    def _rollout(self, prompt: Prompt, completion: CompletionOutput, recorded: tuple[np.ndarray, np.ndarray] | None) -> Rollout:
-        head, needs = self._settings.needs.head, self._settings.needs
-        ids, logp = recorded if recorded is not None else (None, None)
-        drawn = merge(ids[:, head:], logp[:, head:]) if needs.draws else (None, None, None, None)
-        return Rollout(
-            index=prompt.index,
-            prompt_ids=prompt.token_ids,
-            response_ids=np.asarray(completion.token_ids, dtype=np.int32),
-            logp=None if completion.logprobs is None else np.asarray(completion.logprobs.logprobs, dtype=np.float32),
-            head_ids=ids[:, :head] if head else None,
-            head_logp=logp[:, :head] if head else None,
-            draw_ids=drawn[0],
-            draw_counts=drawn[1],
-            draw_sizes=drawn[2],
-            draw_logp=drawn[3],
-            segments=tuple(Segment(first_token=s.start, version=int(s.version)) for s in completion.weight_versions if s.end > s.start),
-            finish_reason=completion.finish_reason,
-        )
+        return rollout_of(self._settings, prompt, completion, recorded)
 
     async def _take(self, key: str, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws of a finished request. Whoever holds the lock asks for all that have finished so far: one call for many."""
@@ -262,27 +232,66 @@ class VLLMRollout:
             raise error(f"{self._name} could not {what}: {failure}") from failure
 
 
-def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+def sampling_params(settings: EngineSettings, key: str) -> SamplingParams:
+    """How one request is sampled; `key` names what is recorded beside it."""
+    rollout, needs = settings.rollout, settings.needs
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_tokens=rollout.max_response_tokens,
+        stop_token_ids=list(end_ids(settings.path)),
+        logprobs=0 if needs.behaviour_logp or needs.draws else None,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={draws.KEY: key} if needs.head + needs.draws else None,
+    )
+
+
+def rollout_of(
+    settings: EngineSettings, prompt: Prompt, completion: CompletionOutput, recorded: tuple[np.ndarray, np.ndarray] | None
+) -> Rollout:
+    """A finished request as the rest of the house knows it; `recorded` are ids and log-probs [R, head + draws]."""
+    head, needs = settings.needs.head, settings.needs
+    ids, logp = recorded if recorded is not None else (None, None)
+    drawn = merge(ids[:, head:], logp[:, head:]) if needs.draws else (None, None, None, None)
+    return Rollout(
+        index=prompt.index,
+        prompt_ids=prompt.token_ids,
+        response_ids=np.asarray(completion.token_ids, dtype=np.int32),
+        logp=None if completion.logprobs is None else np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+        head_ids=ids[:, :head] if head else None,
+        head_logp=logp[:, :head] if head else None,
+        draw_ids=drawn[0],
+        draw_counts=drawn[1],
+        draw_sizes=drawn[2],
+        draw_logp=drawn[3],
+        segments=tuple(Segment(first_token=s.start, version=int(s.version)) for s in completion.weight_versions if s.end > s.start),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """What any vLLM engine for rollouts is made with."""
     rollout, needs = settings.rollout, settings.needs
     recorder = {"head": needs.head, "draws": needs.draws}
     recording = needs.head + needs.draws > 0
-    return AsyncEngineArgs(
-        model=settings.path,
-        skip_tokenizer_init=True,
-        use_tqdm_on_load=False,
-        generation_config="vllm",  # the folder's own temperature and top-k are for chatting
-        dtype=rollout.dtype,
-        seed=settings.seed,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=rollout.max_running,
-        kv_cache_memory_bytes=rollout.kv_cache_bytes,
-        tensor_parallel_size=rollout.tensor_parallel,
-        enable_prefix_caching=not rollout.keep_kv,
-        enforce_eager=settings.device == "cpu",
-        logprobs_mode="processed_logprobs",
-        logits_processors=[draws.NAME] if recording else None,
-        additional_config={draws.KEY: recorder} if recording else {},
-        worker_extension_cls=worker.EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=worker.BACKEND),
-        disable_log_stats=True,
-    )
+    return {
+        "model": settings.path,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "generation_config": "vllm",  # the folder's own temperature and top-k are for chatting
+        "dtype": rollout.dtype,
+        "seed": settings.seed,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": rollout.max_running,
+        "kv_cache_memory_bytes": rollout.kv_cache_bytes,
+        "tensor_parallel_size": rollout.tensor_parallel,
+        "enable_prefix_caching": not rollout.keep_kv,
+        "enforce_eager": settings.device == "cpu",
+        "logprobs_mode": "processed_logprobs",
+        "logits_processors": [draws.NAME] if recording else None,
+        "additional_config": {draws.KEY: recorder} if recording else {},
+        "worker_extension_cls": worker.EXTENSION,
+        "disable_log_stats": True,
+    }

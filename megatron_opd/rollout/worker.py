@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from vllm.config import ModelConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -83,11 +85,9 @@ class BroadcastWeightEngine(WeightTransferEngine[JoinInfo, UpdateInfo]):
 
     @torch.no_grad()
     def finish_weight_update(self) -> None:
-        """Completes the reload. On CPU a tied head computes from a packed copy of the embedding, which the reload leaves stale."""
+        """Completes the reload."""
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu" and self.model_config.hf_text_config.tie_word_embeddings:
-            head = self.model.lm_head
-            head.quant_method.process_weights_after_loading(head)
+        _renew_tied_head(self.model, self.model_config, self.device)
 
     def shutdown(self) -> None:
         """Leaves the transport."""
@@ -111,8 +111,20 @@ class WorkerExtension:
         """See `DrawRecorder.take`."""
         return self._opd_recorder().take(keys, lengths)
 
+    @torch.no_grad()
+    def opd_load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Loads full tensors that this very process hands over, between two steps."""
+        self.reload_weights(weights_iterator=tensors, is_checkpoint_format=True)
+        _renew_tied_head(self.get_model(), self.model_config, self.device)
+
     def _opd_recorder(self) -> DrawRecorder:
         return next(p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, DrawRecorder))
+
+
+def _renew_tied_head(model: torch.nn.Module, config: ModelConfig, device: torch.device) -> None:
+    """On CPU a tied head computes from a packed copy of the embedding, which a reload leaves stale."""
+    if device.type == "cpu" and config.hf_text_config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 def _kill_after(engine: int, owner: int) -> None:

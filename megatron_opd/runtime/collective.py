@@ -7,9 +7,10 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_opd.runtime import wire
 from megatron_opd.runtime.rendezvous import listening_store
 from megatron_opd.runtime.rpc import await_address, publish_address
-from megatron_opd.types import Address
+from megatron_opd.types import Address, TensorSpec
 
 _IDLE = timedelta(days=30)  # a rank may wait this long for work; a dead peer closes its sockets and is seen at once
 
@@ -49,6 +50,30 @@ class Ranks:
         if int(size):
             dist.broadcast(buffer, src=0, group=self._control)
         return buffer.numpy().tobytes()
+
+    def share(self, message: object | None) -> object:
+        """The first rank's message, on every rank; the others give None."""
+        if self.world_size == 1:
+            return message
+        frame = None
+        if message is not None:
+            name, body = wire.encode(message)
+            frame = len(name).to_bytes(1, "big") + name + body
+        frame = self.broadcast(frame)
+        end = 1 + frame[0]
+        return wire.decode(frame[1:end], frame[end:])
+
+    def broadcast_tensor(self, tensor: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor:
+        """The first rank's tensor, on every rank, on the device of the default group."""
+        if self.world_size == 1:
+            assert tensor is not None, "the first rank has the tensor"
+            return tensor
+        if tensor is None:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=0)
+        return tensor
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, on every rank, in order of rank."""

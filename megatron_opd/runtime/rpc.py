@@ -10,7 +10,7 @@ import json
 import os
 import socket as sockets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -213,6 +213,16 @@ class Desk:
         """Flushes answers (for a second at most) and closes."""
         self._socket.disable_monitor()
         self._socket.close()
+
+
+def ready(desks: Sequence[Desk], *, wait: bool) -> list[Desk]:
+    """Those of several desks that have a request or have lost the controller; with `wait`, as soon as there is one."""
+    poller = zmq.Poller()
+    for desk in desks:
+        poller.register(desk._socket, zmq.POLLIN)
+        poller.register(desk._monitor, zmq.POLLIN)
+    events = dict(poller.poll(None if wait else 0))
+    return [desk for desk in desks if desk._socket in events or desk._monitor in events]
 
 
 class AsyncDesk:

@@ -16,8 +16,9 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _MESSAGES = {
     message.__name__: message
     for message in (
-        types.Hello, types.Generate, types.Rollout, types.Score, types.TeacherScores, types.Train, types.StepReport, types.Address,
-        types.HostTransport, types.JoinTransport, types.SendWeights, types.ReceiveWeights, types.Export, types.Stop, types.Done,
+        types.Hello, types.Generate, types.Sample, types.Rollout, types.Score, types.TeacherScores, types.Train, types.StepReport,
+        types.Address, types.HostTransport, types.JoinTransport, types.SendWeights, types.ReceiveWeights, types.Export, types.Stop,
+        types.Done,
     )
 }  # fmt: skip
 

@@ -1,0 +1,33 @@
+"""Learner and rollout in the same processes, in turns: the same system to the controller, and to the student."""
+
+import pytest
+
+from tests.run import tiny_run
+from tests.run.everything import Everything
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("tied qwen3", 1), ("untied llama", 2)])
+def test_a_student_that_is_its_own_teacher_has_no_gradient_and_the_engine_has_the_new_weights(family, ranks, tmp_path):
+    tied, name = family.split()
+    tiny = tiny_run.make(tmp_path, name, tie_word_embeddings=tied == "tied")
+    sections = {"run": {"colocated": True}, "learner": {"tensor_parallel": ranks}, "rollout": {"tensor_parallel": ranks}}
+    sections["estimator"] = {"name": "tests.run.everything:Everything", "settings": {"group": "draws"}}
+    tiny_run.train(tiny.config("other", **sections), "loop.steps=3")
+    tiny_run.train(tiny.config("same", **sections), f"teacher.path={tiny.student}")
+    other, same = tiny.steps("other"), tiny.steps("same")
+    assert same[0]["grad_norm"] <= 1e-4 * other[0]["grad_norm"] and other[0]["tokens"] > 50
+    for part in Everything(group="draws").parts:
+        assert abs(same[0]["diagnostics"][part]) <= 2e-5 < 1e-2 < abs(other[0]["diagnostics"][part]), part
+    for step in other:
+        assert step["lags"] == {"0": step["tokens"]}
+        assert step["diagnostics"]["mismatch"] < 1e-4, f"step {step['version']}: vLLM and learner disagree about the same tokens"
+    assert not list((tmp_path / "other" / "logs").glob("rollout*"))
+
+
+def test_an_asynchronous_run_keeps_its_bound_in_turns_too(tmp_path):
+    tiny = tiny_run.make(tmp_path)
+    tiny_run.train(tiny.config("run", run={"colocated": True}, loop={"steps": 6, "batch": 6, "max_lag": 2}))
+    lags = [int(lag) for step in tiny.steps("run") for lag in step["lags"]]
+    assert 0 < max(lags) <= 2
