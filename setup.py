@@ -20,6 +20,7 @@ CPU = [
     "safetensors==0.8.0",
     "tensorboard==2.21.0",
     "numpy==2.3.5",
+    "cryptography==50.0.2",
     "reasoning-gym==0.1.25",  # from here on for the examples
     "gguf==0.19.0",
 ]
@@ -43,6 +44,7 @@ setup(
         "safetensors>=0.6",
         "tensorboard>=2.20",
         "numpy",
+        "cryptography>=42",
     ],
     extras_require={
         "cpu": CPU,

@@ -160,6 +160,7 @@ class LearnerConfig:
     logps_chunk_tokens: int = 1024  # rows of logits that exist at a time
     moments: bool = True  # entropies of student and teacher and the agreement of their arg-maxes, every step
     bucket_bytes: int = 64 << 20  # of weight streaming
+    weight_delta: bool = False  # True: both ends of it keep the last weights, and only what changed travels
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     cores: tuple[int, ...] = ()  # CPU cores of rank 0, 1, ...
 

@@ -153,7 +153,11 @@ class LearnerHandler:
         self._learner = learner
         self._first = first
         self._sender = BroadcastSender(
-            host=config.run.host, device=config.run.device, bucket_bytes=config.learner.bucket_bytes, timeout_s=config.run.peer_timeout_s
+            host=config.run.host,
+            device=config.run.device,
+            bucket_bytes=config.learner.bucket_bytes,
+            timeout_s=config.run.peer_timeout_s,
+            delta=config.learner.weight_delta,
         )
 
     def __call__(self, message: object) -> list[object]:

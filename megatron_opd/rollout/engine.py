@@ -5,7 +5,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from vllm import SamplingParams, TokensPrompt
-from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
@@ -30,6 +28,7 @@ from megatron_opd.types import JoinTransport, Needs, Prompt, Rollout, Segment
 
 T = TypeVar("T")
 
+_POLL_S = 0.01  # between two questions whether an update is there
 _PATIENCE = 3  # times timeout_s: a worker may itself wait timeout_s for the learner, more than once, before it answers
 
 
@@ -103,9 +102,7 @@ class VLLMRollout:
         """
         check_packages()
         try:
-            engine = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**engine_arguments(settings), weight_transfer_config=WeightTransferConfig(backend=worker.BACKEND))
-            )
+            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(settings)))
         except RuntimeError as failure:
             raise PeerError(f"rollout engine for {settings.path} did not start: {failure}") from failure
         async with asyncio.timeout(settings.timeout_s):
@@ -139,40 +136,36 @@ class VLLMRollout:
         Raises:
             PeerError: the learner does not listen there.
         """
-        info = worker.JoinInfo(
-            host=request.address.host,
-            port=request.address.port,
-            first_rank=request.first_rank,
-            world_size=request.world_size,
-            timeout_s=self._settings.timeout_s,
-        )
-        await self._ask(
-            "join the weight transport", self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=vars(info)))
-        )
+        place = (request.address.host, request.address.port, request.first_rank, request.world_size, self._settings.timeout_s)
+        await self._ask("join the weight transport", self._engine.collective_rpc("opd_join", args=place))
 
     async def receive_weights(self, version: int) -> dict[str, float]:
-        """Pauses between two tokens, receives, swaps, resumes.
+        """Receives, verifies and loads beside generation, then pauses between two tokens, swaps, resumes.
 
         Returns:
-            seconds: "pause" (finish the current step, empty caches), "receive" (wait for the learner, network, load), "swap", "resume".
+            seconds: "receive" (wait for the learner, network, load), during which requests run on; "pause" (finish the current
+            step, empty caches), "swap", "resume", during which they stand still.
 
         Raises:
-            WeightSyncError: the update failed. The engine then holds half an update and must be closed.
+            WeightSyncError: the update failed. The weights are still the old ones, whole, but the transport is closed.
         """
-        engine, update = self._engine, worker.UpdateInfo(version=version)
-        clear_cache = not self._settings.rollout.keep_kv
-        parts: tuple[tuple[str, str, Callable[[], Awaitable[None]]], ...] = (
-            ("pause", "pause", lambda: engine.pause_generation(mode="keep", clear_cache=clear_cache)),
-            ("swap", "open the update", engine.start_weight_update),
-            ("receive", "receive weights", lambda: engine.update_weights(WeightTransferUpdateRequest(update_info=vars(update)))),
-            ("swap", "swap weights", lambda: engine.finish_weight_update(weight_version=str(version))),
-            ("resume", "resume", engine.resume_generation),
-        )
-        seconds = dict.fromkeys(("pause", "receive", "swap", "resume"), 0.0)
-        for part, what, call in parts:
+        engine, seconds = self._engine, {}
+
+        async def part(name: str, what: str, call: Awaitable[T]) -> T:
             start = time.perf_counter()
-            await self._ask(f"{what} for version {version}", call(), error=WeightSyncError)
-            seconds[part] += time.perf_counter() - start
+            answer = await self._ask(f"{what} version {version}", call, error=WeightSyncError)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            return answer
+
+        await part("receive", "begin to receive", engine.collective_rpc("opd_begin_update", args=(version,)))
+        while not all(await part("receive", "receive", engine.collective_rpc("opd_update_ready"))):
+            await part("receive", "wait for", asyncio.sleep(_POLL_S))
+        # AsyncLLM's own pause sleeps 20 ms after this, "not required for correctness".
+        clear_cache = not self._settings.rollout.keep_kv
+        await part("pause", "pause for", engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear_cache))
+        await part("swap", "swap in", engine.collective_rpc("opd_swap"))
+        await part("swap", "name", engine.update_weight_version(str(version)))
+        await part("resume", "resume with", engine.resume_generation())
         return seconds
 
     async def close(self) -> None:

@@ -122,5 +122,5 @@ class ScriptedRollout:
 
     @staticmethod
     def _drain(receiver: BroadcastReceiver, version: int) -> None:
-        for _ in receiver.receive(version, receiver.announced(version)):
+        for _ in receiver.receive(receiver.announced(version)):
             continue

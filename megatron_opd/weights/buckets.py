@@ -1,23 +1,25 @@
 """Buckets: how the tensors of a weight update lie in flat byte buffers, and how damage is found. Knows no network and no model.
 
 A bucket is a payload of tensors, each at a multiple of 64 bytes, and a trailer of 32 bytes: version (int64), bucket index
-(int64), and the 128-bit BLAKE2b digest of payload, version and index. BLAKE2b is in the standard library, runs at about
-1 GB/s per core without holding the interpreter lock, and a faster hash would be one more dependency.
+(int64), and a 128-bit tag of all three. The tag is AES-GMAC (NIST SP 800-38D) under a key that the sender draws for each
+update: a universal hash, so any change of bytes, their order included, goes unnoticed once in about 2^100 times. With the
+processor's own AES it runs at 10 GB/s and more on one core, where cryptographic hashes run at 1 to 5.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from megatron_opd.errors import WeightSyncError
 from megatron_opd.types import TensorSpec
 
 ALIGNMENT = 64
 TRAILER_BYTES = 32
-_DIGEST_BYTES = 16
+KEY_BYTES = 16
+_STRIDE = 1 << 18  # bytes that are hashed at a time: they fit a core's cache, and other threads get their turn in between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +88,19 @@ def views(buffer: torch.Tensor, bucket: Bucket) -> Iterator[tuple[Piece, torch.T
         yield piece, flat.view(dtype_of(piece.spec)).view(piece.spec.shape)
 
 
-def seal(buffer: torch.Tensor, bucket: Bucket, version: int) -> None:
+def seal(buffer: torch.Tensor, bucket: Bucket, version: int, key: bytes) -> None:
     """Writes the trailer behind the payload."""
-    buffer[bucket.payload_bytes :] = _trailer(buffer, bucket, version).to(buffer.device)
+    buffer[bucket.payload_bytes :] = _trailer(buffer, bucket, version, key).to(buffer.device)
 
 
-def verify(buffer: torch.Tensor, bucket: Bucket, version: int, sender: str) -> None:
+def verify(buffer: torch.Tensor, bucket: Bucket, version: int, key: bytes, sender: str) -> None:
     """Recomputes the trailer.
 
     Raises:
         WeightSyncError: with version, bucket, first tensor, sender, and what differs.
     """
     got = buffer[bucket.payload_bytes :].cpu()
-    if torch.equal(got, _trailer(buffer, bucket, version)):
+    if torch.equal(got, _trailer(buffer, bucket, version, key)):
         return
     got_version, got_index = got[:16].clone().view(torch.int64).tolist()
     differences = [
@@ -112,8 +114,13 @@ def verify(buffer: torch.Tensor, bucket: Bucket, version: int, sender: str) -> N
     )
 
 
-def _trailer(buffer: torch.Tensor, bucket: Bucket, version: int) -> torch.Tensor:
+def _trailer(buffer: torch.Tensor, bucket: Bucket, version: int, key: bytes) -> torch.Tensor:
+    """The nonce is version and index, so a key may serve for all buckets of one update."""
     header = torch.tensor([version, bucket.index], dtype=torch.int64).view(torch.uint8)
-    digest = hashlib.blake2b(buffer[: bucket.payload_bytes].cpu().numpy(), digest_size=_DIGEST_BYTES)
-    digest.update(header.numpy())
-    return torch.cat([header, torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)])
+    nonce = version.to_bytes(8, "little", signed=True) + bucket.index.to_bytes(4, "little")
+    mac = Cipher(algorithms.AES(key), modes.GCM(nonce)).encryptor()
+    payload = memoryview(buffer[: bucket.payload_bytes].cpu().numpy())
+    for start in range(0, len(payload), _STRIDE):
+        mac.authenticate_additional_data(payload[start : start + _STRIDE])
+    mac.finalize()
+    return torch.cat([header, torch.frombuffer(bytearray(mac.tag), dtype=torch.uint8)])

@@ -24,8 +24,8 @@ def weights(seed):
     return [(s.name, torch.randn(s.shape, generator=generator).to(getattr(torch, s.dtype))) for s in MANIFEST]
 
 
-def sender(bucket_bytes=2048):
-    return BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=bucket_bytes, timeout_s=TIMEOUT_S)
+def sender(bucket_bytes=2048, delta=False):
+    return BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=bucket_bytes, timeout_s=TIMEOUT_S, delta=delta)
 
 
 def receiver(address, rank=1, world_size=2):
@@ -33,7 +33,8 @@ def receiver(address, rank=1, world_size=2):
 
 
 def receive(end, *versions):
-    return [list(end.receive(version, end.announced(version))) for version in versions]
+    """Copies, since the next bucket may overwrite what came before."""
+    return [[(name, tensor.clone()) for name, tensor in end.receive(end.announced(version))] for version in versions]
 
 
 @pytest.fixture
@@ -66,36 +67,36 @@ def test_two_updates_arrive_bitwise_at_every_receiver(pool, receivers, bucket_by
         end.close()
 
 
-def test_kept_tensors_survive_the_next_update(pool):
-    source = sender()
-    future = pool.submit(receive, receiver(source.listen(1)), 0, 1)
-    source.send(0, MANIFEST, weights(0))
-    source.send(1, MANIFEST, weights(1))
-    first, second = future.result(TIMEOUT_S)
-    assert torch.equal(first[0][1], weights(0)[0][1]) and not torch.equal(first[0][1], second[0][1])
+class Dropped:
+    """A bucket that never left."""
+
+    def wait(self, timeout_s, complaint):
+        return None
 
 
 def failing(pool, monkeypatch, damage):
     """Both ends' errors when the second bucket goes through `damage(buffer)` behind its digest; None drops it."""
-    real, sent = transport._broadcast, []
+    real, sent = transport._Flight, []
 
-    def faulty(group, buffer, timeout_s):
-        sending = group.rank() == 0
-        if sending:
+    def faulty(group, bucket, buffer):
+        if group.rank() == 0:
             sent.append(1)
-        if sending and len(sent) == 2:
-            if damage is None:
-                return
-            damage(buffer)
-        real(group, buffer, timeout_s)
+            if len(sent) == 2:
+                if damage is None:
+                    return Dropped()
+                damage(buffer)
+        return real(group, bucket, buffer)
 
-    monkeypatch.setattr(transport, "_broadcast", faulty)
-    source = sender()
-    future = pool.submit(receive, receiver(source.listen(1)), 7)
+    monkeypatch.setattr(transport, "_Flight", faulty)
+    patient, start = 60, time.monotonic()
+    source = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=2048, timeout_s=patient)
+    end = BroadcastReceiver(address=source.listen(1), rank=1, world_size=2, device="cpu", timeout_s=patient)
+    future = pool.submit(receive, end, 7)
     with pytest.raises(WeightSyncError) as at_sender:
         source.send(7, MANIFEST, weights(7))
     with pytest.raises(WeightSyncError) as at_receiver:
         future.result(2 * TIMEOUT_S)
+    assert time.monotonic() - start < 5, "both ends know long before their time is over"
     return str(at_sender.value), str(at_receiver.value)
 
 
@@ -173,6 +174,88 @@ def test_a_closed_end_says_so(pool):
         source.send(1, MANIFEST, weights(1))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (MANIFEST[:-1], "holds w3, which is unknown to the model here"),
+        ((*MANIFEST, TensorSpec(name="more", dtype="float32", shape=(1,))), "lacks more"),
+        (
+            (*MANIFEST[:-1], TensorSpec(name="w3", dtype="float32", shape=(8, 64))),
+            r"w3 has shape \[64, 8\], the model here wants \[8, 64\]",
+        ),
+    ],
+)
+def test_an_update_that_is_not_the_receivers_model_is_refused_before_any_bucket(pool, wanted, message):
+    source = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=2048, timeout_s=60)
+    end = receiver(source.listen(1))
+    future = pool.submit(lambda: end.announced(3, wanted))
+    start = time.monotonic()
+    with pytest.raises(WeightSyncError, match=f"rollout worker 1 .*version 3 .*{message}"):
+        source.send(3, MANIFEST, weights(3))
+    with pytest.raises(WeightSyncError, match=message):
+        future.result(TIMEOUT_S)
+    assert time.monotonic() - start < 5, "the sender hears of it at once, not when its time is over"
+
+
+def moved(tensors, share, seed):
+    """The tensors with a share of their numbers replaced."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in tensors:
+        chosen = torch.rand(tensor.shape, generator=generator) < share
+        yield name, torch.where(chosen, torch.randn(tensor.shape, generator=generator).to(tensor.dtype), tensor)
+
+
+def series(share=0.02):
+    """Three versions, each a little different from the one before, and a fourth that has nothing to do with them."""
+    versions = [weights(0)]
+    for seed in (1, 2):
+        versions.append(list(moved(versions[-1], share, seed)))
+    return [*versions, weights(9)]
+
+
+def assert_same(update, wanted):
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(update, wanted, strict=True))
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 4096])
+def test_changes_alone_make_the_same_weights(pool, bucket_bytes):
+    source, versions = sender(bucket_bytes, delta=True), series()
+    address = source.listen(2)
+    ends = [receiver(address, rank, 3) for rank in (1, 2)]
+    waiting = [pool.submit(receive, end, *range(4)) for end in ends]
+    sizes = []
+    for version, tensors in enumerate(versions):
+        source.send(version, MANIFEST, tensors)
+        sizes.append(source.sent_bytes)
+    for future in waiting:
+        for update, wanted in zip(future.result(TIMEOUT_S), versions, strict=True):
+            assert_same(update, wanted)
+    assert max(sizes[1:3]) < 0.25 * sizes[0] and sizes[0] <= sizes[3] < 1.1 * sizes[0]
+
+
+@pytest.mark.parametrize("number", [2, 4, 6, 8])
+def test_a_damaged_patch_brings_everything_again_by_itself(pool, monkeypatch, number):
+    real, sent = transport._Flight, []
+
+    def faulty(group, bucket, buffer):
+        if group.rank() == 0:
+            sent.append(buffer)
+            if len(sent) == 4 + number:  # each of the four buckets travels whole first, then a head and a patch for each
+                buffer[0] ^= 0xFF
+        return real(group, bucket, buffer)
+
+    monkeypatch.setattr(transport, "_Flight", faulty)
+    source, versions = sender(delta=True), series()
+    future = pool.submit(receive, receiver(source.listen(1)), 0, 1, 2)
+    for version in range(3):
+        source.send(version, MANIFEST, versions[version])
+    first, second, third = future.result(TIMEOUT_S)
+    assert_same(first, versions[0])
+    assert_same(second[-len(MANIFEST) :], versions[1])
+    assert_same(second[: -len(MANIFEST)], versions[1][: number // 2 - 1])
+    assert_same(third, versions[2])
+
+
 def _send_and_die(connection):
     source = sender()
     address = source.listen(1)
@@ -186,7 +269,8 @@ def _send_and_die(connection):
 
 
 def _receive_and_die(host, port):
-    for _ in receiver(Address(host=host, port=port)).receive(0, MANIFEST):
+    end = receiver(Address(host=host, port=port))
+    for _ in end.receive(end.announced(0)):
         os._exit(1)
 
 
