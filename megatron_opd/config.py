@@ -146,6 +146,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FP8Config:
+    """TransformerEngine's FP8 in the learner; on a CPU the head's products are emulated, bit by bit in what is rounded."""
+
+    logits: Literal["bf16", "fp8x2", "fp8"] = "bf16"  # of learner.kernels=te, whose gradients are FP8 always; fp8 can drown a small KL
+    recipe: Literal["current", "delayed", "blockwise", "mxfp8"] = "current"  # mxfp8 wants Blackwell, blockwise Hopper and CUDA 12.9
+    noise_every: int = 20  # measures what FP8 logits add to the KL, KL(p_fp8 || p_bf16), once in so many steps; 0: never
+    body: bool = False  # the transformer layers too, by Megatron's own settings; run.device=cuda only
+
+    def __post_init__(self) -> None:
+        _require(self.noise_every >= 0, f"learner.fp8.noise_every={self.noise_every} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """The Megatron-Core learner."""
 
@@ -156,7 +169,9 @@ class LearnerConfig:
     dtype: Literal["bfloat16", "float32"] = "float32"  # of weights and activations; masters are float32
     micro_batch_tokens: int = 4096  # packed inputs per micro-batch; one longer sequence makes a micro-batch of its own
     recompute: bool = False  # full activation recompute, layer by layer
-    kernels: Literal["chunked", "triton"] = "chunked"  # what computes from the LM head; triton has not run on a GPU yet
+    kernels: Literal["auto", "reference", "chunked", "triton", "te"] = "auto"  # what computes from the LM head: examples/KERNELS.md
+    schedule: Literal["forward", "recompute"] = "forward"  # dense_kl's gradients: beside its logits, or later from new ones
+    fp8: FP8Config = field(default_factory=FP8Config)
     logps_chunk_tokens: int = 1024  # rows of logits that exist at a time
     moments: bool = True  # entropies of student and teacher and the agreement of their arg-maxes, every step
     bucket_bytes: int = 64 << 20  # of weight streaming
@@ -174,6 +189,14 @@ class LearnerConfig:
             "micro_batch_tokens",
             "logps_chunk_tokens",
             "bucket_bytes",
+        )
+        _require(
+            self.kernels == "te" or self.fp8.logits == "bf16",
+            f"learner.fp8.logits={self.fp8.logits} is what learner.kernels=te does, not {self.kernels}; set learner.kernels=te",
+        )
+        _require(
+            not self.fp8.body or self.dtype == "bfloat16",
+            f"learner.fp8.body=true wants learner.dtype=bfloat16, not {self.dtype}",
         )
         _require(
             not self.sequence_parallel or self.tensor_parallel > 1,
@@ -311,6 +334,10 @@ class Config:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
+        _require(
+            not self.learner.fp8.body or self.run.device == "cuda",
+            "learner.fp8.body=true needs TransformerEngine's layers; set run.device=cuda or switch it off",
+        )
         _require(
             self.teacher.backend == "none" or bool(self.teacher.path),
             "teacher.path is missing; name a Hugging Face folder or set teacher.backend=none",

@@ -18,7 +18,6 @@ Equal logits have x_j = 0 exactly, hence R, F and their gradients are 0; those o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal
@@ -37,30 +36,22 @@ from megatron_opd.kernels.logits import (
     chunk_logits,
     count_targets,
     head_backward,
+    head_products,
     kept_tokens,
     largest_in_row,
     local_backward,
     side_by_side,
     stripes,
     true_rows,
-    wide,
 )
+from megatron_opd.kernels.products import TORCH, Products, wide
+from megatron_opd.kernels.reference import divergence_of, whole_logits, whole_teacher_logits
+from megatron_opd.kernels.results import DenseKL
 from megatron_opd.types import Divergence, VocabShard
 
 Schedule = Literal["forward", "recompute"]  # when gradients are made: beside the logits in forward, or from new ones in backward
 
 FAR = 80.0  # nats: where p and q are further apart than this the smaller one counts for nothing, and e^gap is finite in float32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseKL:
-    """What `dense_kl` knows of each target, in nats, float32 (float64 for a float64 student); 0 for targets that do not count."""
-
-    divergence: torch.Tensor  # [T] differentiable in the student
-    kl: torch.Tensor  # [T] KL(p||q) whatever the divergence, no gradient
-    student_entropy: torch.Tensor  # [T] no gradient
-    teacher_entropy: torch.Tensor  # [T]
-    agree: torch.Tensor  # [T] 1 where the largest logits of both, of equal ones the lowest id, are of one id, else 0
 
 
 def dense_kl(
@@ -76,6 +67,7 @@ def dense_kl(
     chunk_tokens: int = 1024,
     schedule: Schedule = "forward",
     implementation: Implementation = "chunked",
+    products: Products = TORCH,
 ) -> DenseKL:
     """The `divergence` between student and teacher per target, differentiable in the student alone, and what to watch beside it.
 
@@ -95,7 +87,9 @@ def dense_kl(
         temperature: divides the logits of both.
         chunk_tokens: tokens whose logits exist at a time.
         schedule: when gradients are made; Triton knows "recompute" only, and takes it.
-        implementation: "chunked" is torch, "triton" one kernel per pass; it wants rows of a multiple of 16 bytes.
+        implementation: "chunked" is torch, "triton" one kernel per pass, which wants rows of a multiple of 16 bytes; "reference" is
+            plain autograd on the full logits of all ranks, "te" is "chunked" with FP8 `products`.
+        products: what "te" multiplies with, see `fp8_products`.
     """
     num_targets = count_targets(hidden, shard)
     assert hidden.dtype == head.dtype, f"hidden is {hidden.dtype}, head is {head.dtype}: matmul wants one dtype"
@@ -103,10 +97,17 @@ def dense_kl(
     assert teacher_hidden.shape[0] == num_targets, f"{teacher_hidden.shape[0]} hidden states of the teacher for {num_targets} targets"
     assert divergence.kind != "jsd" or 0 < divergence.weight < 1, f"jsd has no weight {divergence.weight}: take forward or reverse"
     kept = None if rows is None else rows.nonzero()[:, 0]
-    plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens, implementation=implementation)
+    assert (implementation == "te") == (products is not TORCH), f"{implementation} with {products}: FP8 products are what te is"
+    plan = Plan(
+        shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens, implementation=implementation, products=products
+    )
     teacher_TE = teacher_hidden if kept is None else teacher_hidden[kept]
-    schedule = schedule if torch.is_grad_enabled() and implementation == "chunked" else "recompute"  # without grad nobody goes backward
-    sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan, schedule)
+    schedule = schedule if torch.is_grad_enabled() and implementation != "triton" else "recompute"  # without grad nobody goes backward
+    if implementation == "reference":
+        found = divergence_of(whole_logits(hidden, head, plan), whole_teacher_logits(teacher_TE, teacher_head, plan), divergence)
+        sums = found.divergence, found.kl, found.student_entropy, found.teacher_entropy, found.agree
+    else:
+        sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan, schedule)
     loss, kl, student_entropy, teacher_entropy, agree = (all_targets(one, plan, num_targets) for one in sums)
     return DenseKL(divergence=loss, kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy, agree=agree)
 
@@ -131,11 +132,12 @@ class _DenseKL(torch.autograd.Function):
         student = kept_tokens(hidden, plan), true_rows(head, plan.shard)
         teacher = teacher_TE, true_rows(teacher_head, plan.shard)
         dtype, needs = wide(hidden.dtype), ctx.needs_input_grad[:2]
-        gradients = HeadGradients(student, head, plan, needs) if schedule == "forward" and any(needs) else None
+        heads = head_products([student, teacher], plan) if plan.implementation != "triton" else []
+        gradients = HeadGradients(student[0], heads[0], head, plan, needs) if schedule == "forward" and any(needs) else None
         found_8T = torch.empty(8, student[0].shape[0], dtype=dtype, device=hidden.device)
         if plan.implementation == "triton":
             found_8T[:] = _triton_per_token(student, teacher, plan, divergence)
-        for c, logits_2Cv in chunk_logits([student, teacher], plan) if plan.implementation == "chunked" else []:
+        for c, logits_2Cv in chunk_logits([student, teacher], heads, plan) if heads else []:
             mixture = partial(_to_mixture, logits_2Cv, plan)
             found_8T[:, c] = _per_token(_own_sums(logits_2Cv, plan, dtype), mixture, plan, divergence)
             if gradients is not None:

@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from megatron_opd.kernels.products import TORCH, HeadProducts, Owner, Products, matmul, wide
 from megatron_opd.types import VocabShard
 
-Implementation = Literal["chunked", "triton"]  # of one rank's own work; what the ranks say to each other is the same
+Implementation = Literal["reference", "chunked", "triton", "te"]  # of one rank's own work
 Model = tuple[torch.Tensor, torch.Tensor]  # hidden states [T, D] of the targets that count, true rows [v, D] of the head
 
 LOG_ZERO = -1e30  # stands for log 0 in maxima: unlike -inf it can be subtracted from itself
 STRIPE = 1 << 17  # logits of one stripe
-BLOCK = 1 << 20  # numbers of a head's gradient that are added up at a time
 SEGMENT = 128  # columns whose maximum is taken first where the column of a row's maximum is asked for
 
 
@@ -36,6 +36,7 @@ class Plan:
     temperature: float  # divides the logits
     chunk_tokens: int  # tokens whose logits exist at a time
     implementation: Implementation = "chunked"
+    products: Products = TORCH
 
 
 # ------------------------------------------------------------------------------------------------- rows and targets
@@ -90,35 +91,26 @@ def chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
 
 
 # ------------------------------------------------------------------------------------------------ logits, their sums
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and of accumulation: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What `matmul` leaves: a GPU its float32 sums, a CPU the same rounded to the dtype of the inputs."""
-    return wide(dtype) if device.type == "cuda" else dtype
-
-
-def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`a @ b` in `product_dtype`."""
-    if product_dtype(a.dtype, a.device) == a.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=wide(a.dtype), out=out)
-
-
 def logits(hidden_CD: torch.Tensor, rows_vD: torch.Tensor, temperature: float) -> torch.Tensor:
     """[C, v] float32 (float64), a fresh tensor that may be written to."""
     return matmul(hidden_CD, rows_vD.t()).to(wide(hidden_CD.dtype)).div_(temperature)
 
 
-def chunk_logits(models: Sequence[Model], plan: Plan) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """The logits [C, v] of each model, chunk by chunk, in `product_dtype` and before the temperature; the next chunk takes their place."""
+def head_products(models: Sequence[Model], plan: Plan) -> list[HeadProducts]:
+    """What multiplies with the head of the student, and of a teacher if there is one."""
+    owners: tuple[Owner, ...] = ("student", "teacher")
+    return [plan.products.head(rows, owner) for (_, rows), owner in zip(models, owners)]
+
+
+def chunk_logits(models: Sequence[Model], heads: Sequence[HeadProducts], plan: Plan) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """The logits [C, v] of each model, chunk by chunk, as `plan.products` leaves them and before the temperature; the next chunk takes
+    their place.
+    """
     num_tokens = models[0][0].shape[0]
     size = min(plan.chunk_tokens, num_tokens)
-    places = [h.new_empty(size, rows.shape[0], dtype=product_dtype(h.dtype, h.device)) for h, rows in models]
+    places = [h.new_empty(size, rows.shape[0], dtype=plan.products.dtype(h)) for h, rows in models]
     for c in chunks(num_tokens, plan.chunk_tokens):
-        yield c, [matmul(h[c], rows.t(), out=place[: c.stop - c.start]) for (h, rows), place in zip(models, places)]
+        yield c, [head.logits(h[c], place[: c.stop - c.start]) for (h, _), head, place in zip(models, heads, places)]
 
 
 def stripes(logits_NCv: Sequence[torch.Tensor], plan: Plan, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -190,22 +182,25 @@ def side_by_side(own: torch.Tensor, shard: VocabShard) -> torch.Tensor:
 class HeadGradients:
     """Gradients of hidden states and head from those of logits, added up in float32 (float64) chunk by chunk."""
 
-    def __init__(self, model: Model, head: torch.Tensor, plan: Plan, needs: Sequence[bool], head_sum: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        hidden_TD: torch.Tensor,
+        products: HeadProducts,
+        head: torch.Tensor,
+        plan: Plan,
+        needs: Sequence[bool],
+        head_sum: torch.Tensor | None = None,
+    ) -> None:
         """`needs` tells which of (hidden, head) is wanted; `head_sum` is where the head's is added to, zeros of its own if None."""
-        self._model, self._plan = model, plan
-        hidden_TD, self._dtype = model[0], head.dtype
+        self._given_TD, self._products, self._plan = hidden_TD, products, plan
         self._hidden_TD = torch.zeros_like(hidden_TD, dtype=wide(hidden_TD.dtype)) if needs[0] else None
         self._head = (torch.zeros_like(head, dtype=wide(head.dtype)) if head_sum is None else head_sum) if needs[1] else None
 
     def add(self, c: slice, dz_Cv: torch.Tensor) -> None:
         """What follows from the gradient of the logits / temperature of one chunk."""
-        (hidden_TD, rows_vD), scale = self._model, 1 / self._plan.temperature
-        dz_Cv = dz_Cv.to(self._dtype)
-        if self._hidden_TD is not None:
-            self._hidden_TD[c].add_(matmul(dz_Cv, rows_vD), alpha=scale)
-        if self._head is not None:
-            for b in chunks(rows_vD.shape[0], max(1, BLOCK // rows_vD.shape[1])):
-                self._head[b].add_(matmul(dz_Cv[:, b].t(), hidden_TD[c]).to(self._head.dtype), alpha=scale)
+        of_hidden = None if self._hidden_TD is None else self._hidden_TD[c]
+        of_rows = None if self._head is None else true_rows(self._head, self._plan.shard)
+        self._products.add_gradients(dz_Cv, self._given_TD[c], of_hidden, of_rows, 1 / self._plan.temperature)
 
     def finish(self, hidden: torch.Tensor, head: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What backward returns for `hidden` and `head`: `scale` times the sums, of all ranks where it is about tokens."""
@@ -254,8 +249,10 @@ def head_backward(
     logits of student and teachers [1 + len(teachers), r, v], which it may write to.
     """
     student = kept_tokens(hidden, plan), true_rows(head, plan.shard)
-    gradients = HeadGradients(student, head, plan, needs, main_grad(head))
-    for c, logits_NCv in chunk_logits([student, *teachers], plan):
+    models = [student, *teachers]
+    heads = head_products(models, plan)
+    gradients = HeadGradients(student[0], heads[0], head, plan, needs, main_grad(head))
+    for c, logits_NCv in chunk_logits(models, heads, plan):
         for r, x_Nrv in stripes(logits_NCv, plan, wide(hidden.dtype)):
             logits_NCv[0][r] = dlogits(slice(c.start + r.start, c.start + r.stop), x_Nrv)
         gradients.add(c, logits_NCv[0])

@@ -34,6 +34,7 @@ from megatron_opd.kernels.logits import (
     chunk_logits,
     count_targets,
     head_backward,
+    head_products,
     kept_tokens,
     largest,
     largest_in_row,
@@ -41,21 +42,11 @@ from megatron_opd.kernels.logits import (
     log_sum_parts,
     stripes,
     true_rows,
-    wide,
 )
+from megatron_opd.kernels.products import TORCH, Products, wide
+from megatron_opd.kernels.reference import logps_of, whole_logits
+from megatron_opd.kernels.results import EMPTY_REST, TokenLogps
 from megatron_opd.types import VocabShard
-
-EMPTY_REST = -1e3  # log rest where the ids cover the vocabulary: its exp is 0 and a rounding error times it is small
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogps:
-    """What `logps` knows of each target, in nats, float32 (float64 for float64 inputs); 0 for targets that do not count."""
-
-    logp: torch.Tensor  # [T, K] log p at `ids`, differentiable
-    log_rest: torch.Tensor  # [T, N] log of the mass outside `ids[:, rests[n]]`, differentiable
-    entropy: torch.Tensor | None = None  # [T] of p over the whole vocabulary, no gradient
-    best: torch.Tensor | None = None  # [T] int64, id of the largest logit, of equal ones the lowest
 
 
 def logps(
@@ -70,6 +61,7 @@ def logps(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     implementation: Implementation = "chunked",
+    products: Products = TORCH,
 ) -> TokenLogps:
     """Log-probabilities at `ids`, the log of the mass outside each of some sets of them, and what the whole vocabulary tells.
 
@@ -87,14 +79,24 @@ def logps(
         moments: whether the entropy and the best id are asked for.
         temperature: divides the logits.
         chunk_tokens: tokens whose logits exist at a time.
-        implementation: "chunked" is torch, "triton" one kernel per pass; it wants rows of a multiple of 16 bytes.
+        implementation: "chunked" is torch, "triton" one kernel per pass, which wants rows of a multiple of 16 bytes; "reference" is
+            plain autograd on the full logits of all ranks, "te" is "chunked" with FP8 `products`.
+        products: what "te" multiplies with, see `fp8_products`.
     """
     num_targets = count_targets(hidden, shard)
     assert hidden.dtype == head.dtype, f"hidden is {hidden.dtype}, head is {head.dtype}: matmul wants one dtype"
     assert ids.shape[0] == num_targets, f"{ids.shape[0]} rows of ids for {num_targets} hidden states over all ranks"
     kept = None if rows is None else rows.nonzero()[:, 0]
-    plan = Plan(shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens, implementation=implementation)
-    scores = _Logps.apply(hidden, head, ids if kept is None else ids[kept], plan, tuple(rests), moments)
+    assert (implementation == "te") == (products is not TORCH), f"{implementation} with {products}: FP8 products are what te is"
+    plan = Plan(
+        shard=shard, kept=kept, temperature=temperature, chunk_tokens=chunk_tokens, implementation=implementation, products=products
+    )
+    ids_TK = ids if kept is None else ids[kept]
+    if implementation == "reference":
+        found = logps_of(whole_logits(hidden, head, plan), ids_TK, rests, moments)
+        scores = found.logp, found.log_rest, found.entropy, found.best
+    else:
+        scores = _Logps.apply(hidden, head, ids_TK, plan, tuple(rests), moments)
     logp, log_rest, entropy, best = (all_targets(one, plan, num_targets) for one in scores)
     return TokenLogps(logp=logp, log_rest=log_rest, entropy=entropy, best=best)
 
@@ -187,7 +189,8 @@ def _local_sums(
         moment_T=torch.zeros(num_tokens, **new),
         best_T=torch.zeros(num_tokens, dtype=torch.int64, device=hidden_TD.device),
     )
-    for c, (z_Cv,) in chunk_logits([(hidden_TD, rows_vD)], plan) if rows_vD.shape[0] else []:
+    student = [(hidden_TD, rows_vD)]
+    for c, (z_Cv,) in chunk_logits(student, head_products(student, plan), plan) if rows_vD.shape[0] else []:
         for r, (z_rv,) in stripes([z_Cv], plan, new["dtype"]):
             t = slice(c.start + r.start, c.start + r.stop)
             local_rK, mine_rK = _locate(ids_TK[t], rows_vD.shape[0], plan.shard)

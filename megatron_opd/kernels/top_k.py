@@ -18,8 +18,8 @@ from megatron_opd.kernels.logits import (
     logits,
     side_by_side,
     true_rows,
-    wide,
 )
+from megatron_opd.kernels.products import wide
 from megatron_opd.types import VocabShard
 
 

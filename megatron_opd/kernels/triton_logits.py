@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_opd.kernels.logits import matmul, wide
+from megatron_opd.kernels.products import matmul, wide
 
 LOG_ZERO = tl.constexpr(-1e30)  # as in kernels/logits.py: unlike -inf it can be subtracted from itself
 WORKSPACE_BYTES = 256 * 2**20  # of the gradient of the logits, at most, unless one tile of rows for all tokens is more

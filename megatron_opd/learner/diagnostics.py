@@ -11,6 +11,7 @@ import torch
 from megatron_opd.learner.scores import Moments
 from megatron_opd.types import Estimate, MicroBatch, TokenScores
 
+NOISE = "fp8_noise"  # the sum of what FP8 logits add to the KL, and over how many tokens: it is measured on some only
 _RATIO = "ratio_bins"
 _POSITION_KL, _POSITION_TOKENS = "kl_bins", "token_bins"
 _EDGES = torch.linspace(-5, 5, 401)  # of log p/b: quantiles are known to 2.5 %
@@ -50,7 +51,10 @@ def report(total: Sums, tokens: int) -> tuple[dict[str, float], dict[int, float]
     """(means over all tokens, and quantiles of p/b; mean "kl" by the first response position of its bin)."""
     total = dict(total)
     ratios, kl, counts = (total.pop(name, []) for name in (_RATIO, _POSITION_KL, _POSITION_TOKENS))
+    noise, measured = total.pop(NOISE, (0.0, 0))
     means = {name: values[0] / max(tokens, 1) for name, values in total.items()}
+    if measured:
+        means[NOISE] = noise / measured
     if "ratio_squared" in means:
         squared = means.pop("ratio_squared")
         means["effective_samples"] = means["ratio"] ** 2 / squared if squared else 0.0  # (sum r)^2 / (n sum r^2), in (0, 1]

@@ -4,6 +4,7 @@ It alone reduces: an estimator's loss per token is summed over micro-batches and
 one global count of response tokens. Logits never exist: hidden states leave the last pipeline stage for the kernel door.
 """
 
+import logging
 import math
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from megatron_opd.config import LearnerConfig
 from megatron_opd.data.packing import pack, plan, to_device
 from megatron_opd.errors import DataError, OPDError
 from megatron_opd.interfaces import Estimator
+from megatron_opd.kernels import TORCH, FP8Products, choose, fp8_noise, fp8_products
 from megatron_opd.learner import diagnostics, optimizer
 from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.model import parallel
@@ -30,6 +32,10 @@ from megatron_opd.model.forward import forward_hidden
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.types import MicroBatch, StepReport, TensorSpec, Trajectory, VocabShard
 from megatron_opd.weights.mapping import hf_manifest
+
+LOG = logging.getLogger(__name__)
+
+FP8_TOKENS = 128  # tokens of a rank that every recipe's products take a multiple of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +77,14 @@ class Learner:
             sequence_parallel=settings.sequence_parallel,
         )
         parallel.initialize(self._parallel, device=student.device, seed=student.seed)
-        self._module = build(student.hf_config, self._parallel, dtype=self._dtype, recompute=settings.recompute, device=student.device)
+        self._module = build(
+            student.hf_config,
+            self._parallel,
+            dtype=self._dtype,
+            recompute=settings.recompute,
+            device=student.device,
+            fp8_recipe=settings.fp8.recipe if settings.fp8.body else None,
+        )
         load_hf(self._module, student.path, student.hf_config, self._parallel)
         self._module.config.finalize_model_grads_func = finalize_model_grads
         self._model = optimizer.wrap(self._module)
@@ -82,7 +95,8 @@ class Learner:
         shard = parallel.vocab_shard(student.hf_config.vocab_size, self._parallel)
         teacher = self._teacher_head(student, shard) if estimator.needs.divergence and self._module.post_process else None
         self._heads = Heads(student=head_weight(self._module), teacher=teacher, shard=shard) if self._module.post_process else None
-        self._kernels = Settings(chunk_tokens=settings.logps_chunk_tokens, moments=settings.moments, implementation=settings.kernels)
+        self._kernels = _kernels(settings, student.device)
+        self._noise_due = False
         self.version = 0
         self._parked = False
 
@@ -99,6 +113,7 @@ class Learner:
         computed = time.monotonic()
         tokens = sum(len(t.rollout.response_ids) for t in trajectories)
         means, kl_by_position = diagnostics.report(self._over_all_ranks(sums), tokens)
+        self._warn_of_noise(means)
         if not math.isfinite(means["loss"]):
             raise OPDError(f"step {self.version + 1}: the loss is {means['loss']}; lower learner.optimizer.lr or check the teacher")
         self._schedule.step(increment=1)
@@ -146,6 +161,7 @@ class Learner:
         lengths = [len(t.rollout.prompt_ids) + len(t.rollout.response_ids) - 1 for t in trajectories]
         shares = plan(lengths, ranks=self._settings.data_parallel, micro_batch_tokens=self._settings.micro_batch_tokens)
         multiple = self._settings.tensor_parallel if self._settings.sequence_parallel else 1
+        multiple *= FP8_TOKENS if self._settings.fp8.body else 1
         mine = shares[parallel.place().data]
         batches = [pack([trajectories[i] for i in indices], self._needs, pad_multiple=multiple) for indices in mine]
         for batch in batches:
@@ -164,6 +180,8 @@ class Learner:
         """Forward and backward over all micro-batches; gradients end up summed over ranks and divided by the token count."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
+        every, products = self._settings.fp8.noise_every, self._kernels.products
+        self._noise_due = isinstance(products, FP8Products) and products.policy != "bf16" and every > 0 and self.version % every == 0
         stats = self._forward_backward(
             forward_step_func=self._forward,
             data_iterator=iter(micro_batches),
@@ -188,7 +206,23 @@ class Learner:
         scores, seen = score(hidden.squeeze(1), self._heads, batch, self._needs, self._kernels)
         estimate = self._estimator(scores)
         loss = torch.where(batch.mask, estimate.loss, 0.0).sum()
-        return loss, batch.mask.sum().int(), diagnostics.sums(batch, scores, estimate, seen)
+        return loss, batch.mask.sum().int(), diagnostics.sums(batch, scores, estimate, seen) | self._noise(hidden.squeeze(1), batch)
+
+    def _noise(self, hidden: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """What FP8 logits add to the KL, on the first micro-batch of a step where that is due."""
+        if not self._noise_due:
+            return {}
+        self._noise_due = False
+        heads, kernels = self._heads, self._kernels
+        noise_T = fp8_noise(hidden, heads.student, heads.shard, kernels.products, rows=batch.mask, chunk_tokens=kernels.chunk_tokens)
+        return {diagnostics.NOISE: torch.stack([noise_T.sum(), batch.mask.sum().to(noise_T)])}
+
+    def _warn_of_noise(self, means: dict[str, float]) -> None:
+        noise, kl = means.get(diagnostics.NOISE), means.get("kl", math.inf)
+        if noise is not None and noise > kl:
+            LOG.warning(
+                "step %d: FP8 logits add %.2g nats to a KL of %.2g; set learner.fp8.logits=fp8x2 or bf16", self.version + 1, noise, kl
+            )
 
     def _over_all_ranks(self, sums: diagnostics.Sums) -> diagnostics.Sums:
         """Sums over data-parallel ranks of the last stage, on every rank."""
@@ -209,3 +243,21 @@ class Learner:
             for segment, end in zip(t.rollout.segments, ends, strict=True):
                 lags[self.version - segment.version] += end - segment.first_token
         return lags
+
+
+def _kernels(settings: LearnerConfig, device: str) -> Settings:
+    """How the kernel doors are called, and a line in the log that says so."""
+    implementation = choose(settings.kernels, device)
+    products, how = TORCH, ""
+    if implementation == "te":
+        products = fp8_products(settings.fp8.logits, settings.fp8.recipe, device)
+        maker = "emulated" if device == "cpu" else "TransformerEngine"
+        how = f": logits {settings.fp8.logits}, recipe {settings.fp8.recipe}, {maker}"
+    LOG.info("kernels: %s for learner.kernels=%s on %s%s", implementation, settings.kernels, device, how)
+    return Settings(
+        chunk_tokens=settings.logps_chunk_tokens,
+        moments=settings.moments,
+        schedule=settings.schedule,
+        implementation=implementation,
+        products=products,
+    )

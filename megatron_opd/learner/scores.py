@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opd.kernels import Implementation, dense_kl, logps
+from megatron_opd.kernels import TORCH, Implementation, Products, Schedule, dense_kl, logps
 from megatron_opd.types import DenseScores, Divergence, IdScores, IdSet, MicroBatch, Needs, TokenScores, VocabShard
 
 
@@ -28,7 +28,9 @@ class Settings:
 
     chunk_tokens: int  # tokens whose logits exist at a time
     moments: bool = False  # whether they are asked for
+    schedule: Schedule = "forward"
     implementation: Implementation = "chunked"
+    products: Products = TORCH  # of the implementation "te"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ def _at_ids(
         moments=settings.moments and micro_batch.teacher_hidden is None,  # else the divergence knows them
         chunk_tokens=settings.chunk_tokens,
         implementation=settings.implementation,
+        products=settings.products,
     )
     scores = {
         name: IdScores(
@@ -123,7 +126,9 @@ def _over_vocabulary(
         divergence,
         rows=micro_batch.mask,
         chunk_tokens=settings.chunk_tokens,
+        schedule=settings.schedule,
         implementation=settings.implementation,
+        products=settings.products,
     )
     moments = Moments(student_entropy=found.student_entropy, teacher_entropy=found.teacher_entropy, agreement=found.agree)
     return DenseScores(divergence=found.divergence, kl=found.kl), moments

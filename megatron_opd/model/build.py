@@ -34,11 +34,12 @@ def build(
     dtype: torch.dtype,
     recompute: bool = False,
     device: torch.device | str = "cpu",
+    fp8_recipe: str | None = None,
 ) -> GPTModel:
     """This rank's part of the model, its weights zero (norms one) until `convert.load_hf` fills them; after `parallel.initialize`.
 
     Its last pipeline stage returns hidden states after the final norm, never logits; read it with `forward.forward_hidden`
-    and multiply with `head_weight`.
+    and multiply with `head_weight`. `fp8_recipe`, a name of `learner.fp8.recipe`, has Megatron run the layers' products in FP8.
 
     Raises:
         ConfigError: the config asks for something that would change the numbers and is not supported, `parallel` does
@@ -47,7 +48,9 @@ def build(
     arch = architecture(hf_config)
     arch.require_divisible(tensor=parallel.tensor, pipeline=parallel.pipeline)
     on_cuda = torch.device(device).type == "cuda"
-    config = _transformer_config(arch, hf_config.rms_norm_eps, parallel, dtype=dtype, recompute=recompute, on_cuda=on_cuda)
+    config = _transformer_config(
+        arch, hf_config.rms_norm_eps, parallel, dtype=dtype, recompute=recompute, on_cuda=on_cuda, fp8_recipe=fp8_recipe
+    )
     frequencies, attention_factor = _rope(hf_config)
     # YaRN scales cosine and sine, of queries and of keys. Fused rotation of packed sequences cannot; the softmax can.
     config.softmax_scale = attention_factor**2 / math.sqrt(arch.head_dim) if attention_factor != 1 else None
@@ -88,7 +91,14 @@ def _hand_through(hidden: Tensor, weight: Tensor | None = None, runtime_gather_o
 
 
 def _transformer_config(
-    arch: Architecture, eps: float, parallel: ParallelConfig, *, dtype: torch.dtype, recompute: bool, on_cuda: bool
+    arch: Architecture,
+    eps: float,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    recompute: bool,
+    on_cuda: bool,
+    fp8_recipe: str | None,
 ) -> TransformerConfig:
     widths = {window for window in arch.windows if window is not None}
     assert len(widths) <= 1, "all windows of a model are equally wide"
@@ -134,7 +144,16 @@ def _transformer_config(
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=on_cuda,
         apply_rope_fusion=on_cuda,
+        **fp8_settings(fp8_recipe),
     )
+
+
+def fp8_settings(recipe: str | None) -> dict[str, str]:
+    """Megatron's names for a recipe, and the format that TransformerEngine has for it by default; nothing without one."""
+    names = {"current": "tensorwise", "delayed": "delayed", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+    if recipe is None:
+        return {}
+    return {"fp8": "hybrid" if recipe in ("current", "delayed") else "e4m3", "fp8_recipe": names[recipe]}
 
 
 def _te_spec(arch: Architecture) -> ModuleSpec:

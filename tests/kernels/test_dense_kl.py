@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_opd.kernels import dense_kl, logits, reference_dense_kl
+from megatron_opd.kernels import dense_kl, products, reference_dense_kl
 from megatron_opd.types import Divergence, VocabShard
 from tests.kernels.sharding import CUTS, V, groups, rows_of, split, tokens_of, whole_head_gradient, whole_hidden_gradient
 from tests.ranks import run_ranks
@@ -230,13 +230,13 @@ def test_going_backward_twice_gives_the_same_gradient_twice(schedule):
 
 def product_sizes(monkeypatch):
     """A list that grows by the number of rows of every matrix product."""
-    rows, matmul = [], logits.matmul
+    rows, matmul = [], products.matmul
 
     def counted(a, b, out=None):
         rows.append(len(a))
         return matmul(a, b, out=out)
 
-    monkeypatch.setattr("megatron_opd.kernels.logits.matmul", counted)
+    monkeypatch.setattr("megatron_opd.kernels.products.matmul", counted)
     return rows
 
 

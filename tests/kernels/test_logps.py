@@ -208,7 +208,7 @@ def test_logits_of_one_chunk_are_all_that_exists_at_a_time(monkeypatch):
         rows.append(len(a))
         return torch.mm(a, b, out=out)
 
-    monkeypatch.setattr("megatron_opd.kernels.logits.matmul", matmul)
+    monkeypatch.setattr("megatron_opd.kernels.products.matmul", matmul)
     hidden, head, ids, grad = case()
     loss_of(logps(hidden.requires_grad_(), head, ids, WHOLE, rests=TAIL, chunk_tokens=3), grad).backward()
     assert rows == [3, 3, 2, 3, 3, 3, 3, 2, 2], "forward, then once more in backward with the step back"

@@ -1,12 +1,13 @@
 """The whole learner on real Megatron ranks: however it is split, one step is the same step."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import LearnerConfig, OptimizerConfig
+from megatron_opd.config import FP8Config, LearnerConfig, OptimizerConfig
 from megatron_opd.learner.learner import Learner, StudentModel, TeacherHead
 from megatron_opd.runtime.collective import Ranks
 from tests.estimators.cases import VARIANTS, variant
@@ -96,3 +97,47 @@ def test_splitting_the_model_or_the_batch_changes_nothing(folders, teacher, one_
 
 def test_the_size_of_micro_batches_changes_nothing(folders, teacher, one_rank):
     assert_same(run_ranks(step, 1, folders, teacher, {}, 1)[0], one_rank)
+
+
+KERNELS = {
+    "chunked": {"kernels": "chunked"},
+    "auto": {"kernels": "auto"},
+    "recompute": {"kernels": "chunked", "schedule": "recompute"},
+    "reference": {"kernels": "reference"},
+    "te": {"kernels": "te"},
+    "te fp8": {"kernels": "te", "fp8": FP8Config(logits="fp8", recipe="mxfp8", noise_every=2)},
+}
+
+
+def steps_by_kernels(folder, teacher):
+    """Kernels -> gradient of one step; then what two steps with FP8 logits report and log."""
+    found, lines = {}, []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron_opd.learner.learner").addHandler(handler)
+    logging.getLogger("megatron_opd.learner.learner").setLevel(logging.INFO)
+    for name, settings in KERNELS.items():
+        hf_config = read_config(folder)
+        head = TeacherHead(path=teacher, hf_config=read_config(teacher), dtype="float32")
+        student = StudentModel(path=folder, hf_config=hf_config, steps=10, seed=0, device="cpu", teacher=head)
+        learner = Learner(student, LearnerConfig(**settings, optimizer=AS_SGD), variant("dense_kl jsd"), Ranks())
+        batch = trajectories(learner._needs, vocab=hf_config.vocab_size)
+        before = torch.cat([tensor.double().flatten() for _, tensor in learner.weights("float32")])
+        reports = [learner.train(batch)]
+        found[name] = before - torch.cat([tensor.double().flatten() for _, tensor in learner.weights("float32")])
+    reports.append(learner.train(batch))
+    noise = [report.diagnostics.get("fp8_noise", -1.0) for report in reports]
+    return {"gradients": found, "noise": noise, "kl": reports[0].diagnostics["kl"], "lines": lines}
+
+
+def test_every_choice_of_kernels_makes_the_same_step_and_the_log_says_which(folders, teacher):
+    (found,) = run_ranks(steps_by_kernels, 1, folders[1], teacher)
+    exact = found["gradients"].pop("chunked")
+    off = {name: ((gradient - exact).norm() / exact.norm()).item() for name, gradient in found["gradients"].items()}
+    assert max(off["auto"], off["recompute"], off["reference"]) < 1e-5 and off["te"] < 0.1, off
+    said = [line for line in found["lines"] if line.startswith("kernels: ")]
+    assert [line.split()[1] for line in said] == ["chunked", "chunked", "chunked", "reference", "te", "te"]
+    assert "logits fp8, recipe mxfp8, emulated" in said[-1]
+    assert found["noise"][0] > 0 and found["noise"][1] == -1, "measured in every second step"
+    warned = [line for line in found["lines"] if "FP8 logits add" in line]
+    assert len(warned) == (found["noise"][0] > found["kl"])

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.errors import ConfigError
-from megatron_opd.model.build import build
+from megatron_opd.model.build import build, fp8_settings
 from megatron_opd.model.parallel import ParallelConfig
 from tests.model import tiny
 
@@ -23,3 +25,11 @@ def test_a_split_that_does_not_divide_the_model_is_refused_with_those_that_do(pa
 def test_an_indivisible_mlp_is_refused():
     with pytest.raises(ConfigError, match="tensor_parallel=2 does not divide intermediate_size=71; use 1 or 71"):
         build(tiny.config("qwen2", intermediate_size=71), ParallelConfig(tensor=2), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise", "mxfp8"])
+def test_megatron_knows_every_recipe_by_the_name_that_it_gets(recipe):
+    settings = fp8_settings(recipe)
+    assert Fp8Recipe(settings["fp8_recipe"]) is not Fp8Recipe.custom
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, bf16=True, params_dtype=torch.bfloat16, **settings)
+    assert {name: getattr(config, name) for name in settings} == settings
