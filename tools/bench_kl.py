@@ -14,9 +14,10 @@ of the largest resident set over the inputs. To these belongs the float32 buffer
 - liger: `LigerFusedLinearJSDLoss` (beta 0.5), chunks of 1024 tokens; compiled where a C++ compiler is found.
 - cce: ml-cross-entropy's path for machines without Triton (`torch_compile`); a cross-entropy, so it has only the student's
   products: beside `logps`, not beside the divergences.
-- floor: the bare products, in chunks of 1024 tokens, results thrown away: 4 for the schedule "forward" (both logits, both
+- floor: the bare products, in chunks of 512 tokens, results thrown away: 4 for the schedule "forward" (both logits, both
   gradients), 6 for "recompute", 4 for `logps` (logits twice, both gradients).
-- ours: `dense_kl` with gradients made in forward, or from logits computed anew, and `logps` at 64 ids.
+- ours: `dense_kl` with gradients made in forward, or from logits computed anew, and `logps` at 64 ids; chunks of 512 tokens. The schedule
+  "forward" is called as the learner calls it, with the `Upstream` of past calls.
 
 A side whose full logits do not fit in the free memory (naive, trl, cce) runs at the most tokens that do, and at half of
 them; its figures are then the line through both points, and marked.
@@ -58,7 +59,7 @@ class Case:
     vocabulary: int
     hidden: int = 1024
     ids: int = 64
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 512
     repeats: int = 2
 
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--peers", type=Path, help="a folder with packages to compare with")
     parser.add_argument("--only", choices=VOCABULARIES, help="this vocabulary, and no table of costs")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="these alone; floors of theirs are needed")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="256 tokens, once, no table of costs: to see that it works, not to quote")
@@ -99,7 +101,8 @@ def main() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(arguments.peers.resolve())])
     figures = {}
     for name in [arguments.only] if arguments.only else VOCABULARIES:
-        figures[name] = compare(name, Case(tokens=arguments.tokens, vocabulary=VOCABULARIES[name], repeats=arguments.repeats))
+        case = Case(tokens=arguments.tokens, vocabulary=VOCABULARIES[name], repeats=arguments.repeats)
+        figures[name] = compare(name, case, arguments.sides)
     if not arguments.quick and not arguments.only:
         figures["costs"] = costs(Case(tokens=2048, vocabulary=32_000, repeats=arguments.repeats))
     if arguments.json:
@@ -107,20 +110,20 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
-def compare(name: str, case: Case) -> dict:
-    """All sides of one vocabulary."""
-    found = {side: cost for side in SIDES if (cost := measure(side, case)) is not None}
-    ours, naive = found["ours forward"], found.get("naive")
+def compare(name: str, case: Case, sides: list[str]) -> dict:
+    """Those sides at one vocabulary."""
+    found = {side: cost for side in sides if (cost := measure(side, case)) is not None}
+    ours, naive = found.get("ours forward"), found.get("naive")
     table = Table(
         "side", "CPU s", "over its floor", "over naive", "extra MB", "over naive", title=f"{name}, T {case.tokens}, D {case.hidden}"
     )
     for side, cost in found.items():
-        floor = found[f"floor of {SIDES[side].floor}"]
+        floor = found.get(f"floor of {SIDES[side].floor}")
         mark = " (line)" if cost.fitted else ""
         table.add_row(
             side + mark,
             f"{cost.seconds:.2f}",
-            f"{cost.seconds / floor.seconds:.2f}",
+            f"{cost.seconds / floor.seconds:.2f}" if floor else "-",
             f"{cost.seconds / naive.seconds:.2f}" if naive else "-",
             f"{cost.bytes / 1e6:.0f}",
             f"1/{naive.bytes / max(cost.bytes, 1):.1f}" if naive else "-",
@@ -129,11 +132,11 @@ def compare(name: str, case: Case) -> dict:
     peers = {
         side: {"time": cost.seconds / found[like].seconds, "memory": cost.bytes / found[like].bytes}
         for side, cost in found.items()
-        if (like := SIDES[side].like)
+        if (like := SIDES[side].like) in found
     }
     return {
-        "memory_over_naive": ours.bytes / naive.bytes if naive else None,
-        "time_over_gemm": ours.seconds / found["floor of 4"].seconds,
+        "memory_over_naive": ours.bytes / naive.bytes if ours and naive else None,
+        "time_over_gemm": ours.seconds / found["floor of 4"].seconds if ours and "floor of 4" in found else None,
         "peers": peers,
         "sides": {side: {"seconds": cost.seconds, "bytes": cost.bytes} for side, cost in found.items()},
     }
@@ -292,7 +295,7 @@ def liger(inputs: Inputs, case: Case) -> None:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, chunk_size=case.chunk_tokens, compiled=shutil.which("g++") is not None
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, chunk_size=1024, compiled=shutil.which("g++") is not None
     )
     inputs.backward(loss(inputs.hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head, inputs.labels))
 
@@ -328,12 +331,13 @@ def ours(kind: str, schedule: str) -> Callable[[Inputs, Case], None]:
     """A side that is `dense_kl`."""
 
     def step(inputs: Inputs, case: Case) -> None:
-        from megatron_opd.kernels import dense_kl
+        from megatron_opd.kernels import Upstream, dense_kl
         from megatron_opd.types import Divergence, VocabShard
 
         shard = VocabShard(start=0, stop=len(inputs.head), vocab_size=len(inputs.head))
         models = inputs.hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head
-        found = dense_kl(*models, shard, Divergence(kind=kind), chunk_tokens=case.chunk_tokens, schedule=schedule)
+        options = {"chunk_tokens": case.chunk_tokens, "schedule": schedule, "upstream": Upstream()}
+        found = dense_kl(*models, shard, Divergence(kind=kind), **options)
         inputs.backward(found.divergence.sum())
 
     return step

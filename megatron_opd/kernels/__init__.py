@@ -7,7 +7,7 @@ the teacher over the whole vocabulary, differentiable), `top_k` (the most probab
 parallelism; it knows no objective but these divergences. examples/KERNELS.md has formulas, costs and errors.
 """
 
-from megatron_opd.kernels.dense_kl import Schedule, dense_kl
+from megatron_opd.kernels.dense_kl import Schedule, Upstream, dense_kl
 from megatron_opd.kernels.fp8 import FP8Products, fp8_products
 from megatron_opd.kernels.logits import Implementation
 from megatron_opd.kernels.logps import logps
@@ -26,6 +26,7 @@ __all__ = [
     "Products",
     "Schedule",
     "TokenLogps",
+    "Upstream",
     "choose",
     "dense_kl",
     "fp8_noise",

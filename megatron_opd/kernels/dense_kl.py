@@ -40,6 +40,7 @@ from megatron_opd.kernels.logits import (
     kept_tokens,
     largest_in_row,
     local_backward,
+    main_grad,
     side_by_side,
     stripes,
     true_rows,
@@ -54,6 +55,24 @@ Schedule = Literal["forward", "recompute"]  # when gradients are made: beside th
 FAR = 80.0  # nats: where p and q are further apart than this the smaller one counts for nothing, and e^gap is finite in float32
 
 
+class Upstream:
+    """The gradient that a divergence's targets get, as far as past calls have shown; owned by whoever calls again and again.
+
+    While it is the same number for all targets, time after time, gradients are made in forward with that number: then the head's need no
+    memory of their own, because they can go where Megatron adds them up. A number that turns out wrong is made good in backward.
+    """
+
+    def __init__(self) -> None:
+        """The first guess is that losses are added up as they are."""
+        self.number: float | None = 1.0
+        self.even = True
+
+    def arrived(self, number: float | None) -> None:
+        """After each backward pass; None where targets got different ones."""
+        self.even = number is not None
+        self.number = number if self.number in (1.0, number) else None
+
+
 def dense_kl(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -66,6 +85,7 @@ def dense_kl(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     schedule: Schedule = "forward",
+    upstream: Upstream | None = None,
     implementation: Implementation = "chunked",
     products: Products = TORCH,
 ) -> DenseKL:
@@ -87,6 +107,8 @@ def dense_kl(
         temperature: divides the logits of both.
         chunk_tokens: tokens whose logits exist at a time.
         schedule: when gradients are made; Triton knows "recompute" only, and takes it.
+        upstream: what past calls have shown, for the schedule "forward". With it the head's gradient is added to Megatron's `main_grad` in
+            forward already: every such call must be followed by its backward pass. None: any number may arrive.
         implementation: "chunked" is torch, "triton" one kernel per pass, which wants rows of a multiple of 16 bytes; "reference" is
             plain autograd on the full logits of all ranks, "te" is "chunked" with FP8 `products`.
         products: what "te" multiplies with, see `fp8_products`.
@@ -103,19 +125,25 @@ def dense_kl(
     )
     teacher_TE = teacher_hidden if kept is None else teacher_hidden[kept]
     schedule = schedule if torch.is_grad_enabled() and implementation != "triton" else "recompute"  # without grad nobody goes backward
+    if upstream is not None and not upstream.even:
+        schedule = "recompute"
     if implementation == "reference":
         found = divergence_of(whole_logits(hidden, head, plan), whole_teacher_logits(teacher_TE, teacher_head, plan), divergence)
         sums = found.divergence, found.kl, found.student_entropy, found.teacher_entropy, found.agree
     else:
-        sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan, schedule)
+        sums = _DenseKL.apply(hidden, head, teacher_TE, teacher_head, divergence, plan, schedule, upstream)
     loss, kl, student_entropy, teacher_entropy, agree = (all_targets(one, plan, num_targets) for one in sums)
     return DenseKL(divergence=loss, kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy, agree=agree)
 
 
-class _DenseKL(torch.autograd.Function):
-    """Forward keeps numbers per token and, in the schedule of that name, the gradients for an upstream gradient of 1.
+_NONE = (None,) * 6  # gradients of what has none
 
-    Backward scales those where all targets have the same upstream gradient; otherwise it computes the logits of both anew.
+
+class _DenseKL(torch.autograd.Function):
+    """Forward keeps numbers per token and, in the schedule of that name, the gradients for an upstream gradient of 1 or as promised.
+
+    Backward scales the former where all targets have the same upstream gradient; otherwise, and for what a promise lacks, it computes the
+    logits of both anew.
     """
 
     @staticmethod
@@ -128,12 +156,17 @@ class _DenseKL(torch.autograd.Function):
         divergence: Divergence,
         plan: Plan,
         schedule: Schedule,
+        upstream: Upstream | None,
     ) -> tuple[torch.Tensor, ...]:
         student = kept_tokens(hidden, plan), true_rows(head, plan.shard)
         teacher = teacher_TE, true_rows(teacher_head, plan.shard)
         dtype, needs = wide(hidden.dtype), ctx.needs_input_grad[:2]
         heads = head_products([student, teacher], plan) if plan.implementation != "triton" else []
-        gradients = HeadGradients(student[0], heads[0], head, plan, needs) if schedule == "forward" and any(needs) else None
+        gradients, main = None, main_grad(head)
+        promise = upstream.number if upstream is not None and main is not None else None
+        if schedule == "forward" and any(needs):
+            head_sum, scale = (main, promise) if promise is not None else (None, 1.0)
+            gradients = HeadGradients(student[0], heads[0], head, plan, needs, head_sum, scale)
         found_8T = torch.empty(8, student[0].shape[0], dtype=dtype, device=hidden.device)
         if plan.implementation == "triton":
             found_8T[:] = _triton_per_token(student, teacher, plan, divergence)
@@ -146,7 +179,7 @@ class _DenseKL(torch.autograd.Function):
                     logits_2Cv[0][r] = _gradient(x_2rv, norm_2r, mean_r, divergence)
                 gradients.add(c, logits_2Cv[0])
         ctx.save_for_backward(hidden, head, teacher_TE, teacher_head, found_8T[:3].clone())
-        ctx.divergence, ctx.plan, ctx.gradients = divergence, plan, gradients
+        ctx.divergence, ctx.plan, ctx.gradients, ctx.upstream, ctx.promise = divergence, plan, gradients, upstream, promise
         loss_T, *watched = (one_T.clone() for one_T in found_8T[3:])
         ctx.mark_non_differentiable(*watched)
         return loss_T, *watched
@@ -155,9 +188,17 @@ class _DenseKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor, *_: Any) -> tuple:
         hidden, head, teacher_TE, teacher_head, found_3T = ctx.saved_tensors
-        if ctx.gradients is not None and (grad_T == grad_T[:1]).all():
-            scale = grad_T[0].item() if len(grad_T) else 1.0
-            return *ctx.gradients.finish(hidden, head, scale), None, None, None, None, None
+        number = (grad_T[0].item() if (grad_T == grad_T[:1]).all() else None) if len(grad_T) else ctx.promise or 1.0
+        if ctx.upstream is not None:
+            ctx.upstream.arrived(number)
+        given = None
+        if ctx.gradients is not None and ctx.promise is not None:
+            given, of_head = ctx.gradients.finish(hidden, head)
+            if number == ctx.promise:
+                return given, of_head, *_NONE
+            grad_T = grad_T - ctx.promise
+        elif ctx.gradients is not None and number is not None:
+            return *ctx.gradients.finish(hidden, head, number), *_NONE
 
         if ctx.plan.implementation == "triton":
             plan, divergence, norm_T2 = ctx.plan, ctx.divergence, found_3T[:2].t()
@@ -167,14 +208,14 @@ class _DenseKL(torch.autograd.Function):
                 given = student, teacher, norm_T2, found_3T[2], grad_T, divergence, plan.temperature
                 return _triton().local_gradients(*given, rows_sum_vD, need_hidden)
 
-            return *local_backward(local, hidden, head, plan, ctx.needs_input_grad[:2]), None, None, None, None, None
+            return *local_backward(local, hidden, head, plan, ctx.needs_input_grad[:2]), *_NONE
 
         def dlogits(t: slice, x_2rv: torch.Tensor) -> torch.Tensor:
             return _gradient(x_2rv, found_3T[:2, t], found_3T[2, t], ctx.divergence).mul_(grad_T[t, None])
 
         teachers = [(teacher_TE, true_rows(teacher_head, ctx.plan.shard))]
-        grads = head_backward(dlogits, teachers, hidden, head, ctx.plan, ctx.needs_input_grad[:2])
-        return *grads, None, None, None, None, None
+        more, of_head = head_backward(dlogits, teachers, hidden, head, ctx.plan, ctx.needs_input_grad[:2])
+        return more if given is None else more + given, of_head, *_NONE
 
 
 def _triton() -> ModuleType:

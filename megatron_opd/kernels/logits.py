@@ -190,9 +190,12 @@ class HeadGradients:
         plan: Plan,
         needs: Sequence[bool],
         head_sum: torch.Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """`needs` tells which of (hidden, head) is wanted; `head_sum` is where the head's is added to, zeros of its own if None."""
-        self._given_TD, self._products, self._plan = hidden_TD, products, plan
+        """`needs` tells which of (hidden, head) is wanted; `head_sum` is where the head's is added to, zeros of its own if None; `scale`
+        is of all that is added.
+        """
+        self._given_TD, self._products, self._plan, self._scale = hidden_TD, products, plan, scale
         self._hidden_TD = torch.zeros_like(hidden_TD, dtype=wide(hidden_TD.dtype)) if needs[0] else None
         self._head = (torch.zeros_like(head, dtype=wide(head.dtype)) if head_sum is None else head_sum) if needs[1] else None
 
@@ -200,7 +203,7 @@ class HeadGradients:
         """What follows from the gradient of the logits / temperature of one chunk."""
         of_hidden = None if self._hidden_TD is None else self._hidden_TD[c]
         of_rows = None if self._head is None else true_rows(self._head, self._plan.shard)
-        self._products.add_gradients(dz_Cv, self._given_TD[c], of_hidden, of_rows, 1 / self._plan.temperature)
+        self._products.add_gradients(dz_Cv, self._given_TD[c], of_hidden, of_rows, self._scale / self._plan.temperature)
 
     def finish(self, hidden: torch.Tensor, head: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What backward returns for `hidden` and `head`: `scale` times the sums, of all ranks where it is about tokens."""

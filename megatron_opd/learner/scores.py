@@ -5,11 +5,11 @@ Knows which id columns stand where; refuses to know Megatron, and what the score
 Dimension key: T packed targets, K ids per target of one set, D hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from megatron_opd.kernels import TORCH, Implementation, Products, Schedule, dense_kl, logps
+from megatron_opd.kernels import TORCH, Implementation, Products, Schedule, Upstream, dense_kl, logps
 from megatron_opd.types import DenseScores, Divergence, IdScores, IdSet, MicroBatch, Needs, TokenScores, VocabShard
 
 
@@ -29,6 +29,7 @@ class Settings:
     chunk_tokens: int  # tokens whose logits exist at a time
     moments: bool = False  # whether they are asked for
     schedule: Schedule = "forward"
+    upstream: Upstream = field(default_factory=Upstream)  # of a divergence over the vocabulary
     implementation: Implementation = "chunked"
     products: Products = TORCH  # of the implementation "te"
 
@@ -127,6 +128,7 @@ def _over_vocabulary(
         rows=micro_batch.mask,
         chunk_tokens=settings.chunk_tokens,
         schedule=settings.schedule,
+        upstream=settings.upstream,
         implementation=settings.implementation,
         products=settings.products,
     )

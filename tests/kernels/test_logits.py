@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.kernels import dense_kl, logps
+from megatron_opd.kernels import Upstream, dense_kl, logps
 from megatron_opd.kernels.logits import largest_in_row
 from megatron_opd.types import Divergence, VocabShard
 from tests.ranks import run_ranks
@@ -41,7 +41,14 @@ def uneven(*models):
     return (dense_kl(*models, WHOLE, Divergence(kind="jsd"), chunk_tokens=3).divergence * torch.arange(T)).sum()
 
 
-DOORS = [at_ids, forward, recompute, uneven]
+def promised(*models):
+    """As a learner calls it: time after time, with one memory of what arrived."""
+    options = {"chunk_tokens": 3, "schedule": "forward", "upstream": SEEN.setdefault(id(models[1]), Upstream())}
+    return 2.0 * dense_kl(*models, WHOLE, Divergence(kind="reverse"), **options).divergence.sum()
+
+
+SEEN = {}
+DOORS = [at_ids, forward, recompute, uneven, promised]
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -63,6 +70,41 @@ def test_a_narrow_main_grad_is_left_to_megatron(door):
     head.main_grad, head.grad_added_to_main_grad = torch.zeros_like(head, dtype=torch.bfloat16), False
     door(hidden, head, *teacher).backward()
     assert not head.main_grad.any() and not head.grad_added_to_main_grad and head.grad.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_whatever_gradient_arrives_a_promised_one_is_made_good(temperature):
+    hidden, head, *teacher = case()
+    upstream, numbers = Upstream(), [1.0, 1.0, 2.0, 2.0, torch.arange(T), 3.0]
+    promised = torch.nn.Parameter(head.clone())
+    promised.main_grad, promised.grad_added_to_main_grad = torch.zeros_like(head), False
+    hidden.requires_grad_()
+    for number, even_before in zip(numbers, [True] * 5 + [False]):
+        assert upstream.even == even_before
+        plain = torch.nn.Parameter(head.clone())
+        of_hidden = []
+        for one, options in ((plain, {}), (promised, {"upstream": upstream})):
+            promised.main_grad.zero_()
+            found = dense_kl(hidden, one, *teacher, WHOLE, Divergence(kind="reverse"), chunk_tokens=3, temperature=temperature, **options)
+            (found.divergence * number).sum().backward()
+            of_hidden.append(hidden.grad)
+            hidden.grad = None
+        torch.testing.assert_close(promised.main_grad, plain.grad)
+        torch.testing.assert_close(*of_hidden)
+
+
+def test_the_gradient_of_a_head_needs_no_memory_of_its_own_where_what_arrives_is_known(monkeypatch):
+    hidden, head, *teacher = case()
+    head = torch.nn.Parameter(head)
+    head.main_grad, head.grad_added_to_main_grad = torch.zeros_like(head), False
+    zeros_like, made = torch.zeros_like, []
+    monkeypatch.setattr(torch, "zeros_like", lambda *args, **options: made.append(args[0].shape) or zeros_like(*args, **options))
+    upstream = Upstream()
+    for number in (1.0, 1.0):
+        (
+            number * dense_kl(hidden, head, *teacher, WHOLE, Divergence(kind="jsd"), chunk_tokens=3, upstream=upstream).divergence.sum()
+        ).backward()
+    assert head.shape not in made and upstream.number == 1.0
 
 
 def through_megatron():
