@@ -10,8 +10,8 @@ TransformerEngine's own rules; the truth is the same door in float32. Tokens are
   that has learned more is had by moving the student's hidden states part of the way to the teacher's: three shares, three levels of KL.
 - arithmetic: teacher and student of the demo, trained from scratch apart from each other.
 
-JSON: {POLICY: {RECIPE: {"kl_bias": nats, "grad_hidden_cosine": x, "grad_head_cosine": x, ...}}}: KL by the policy less the true one, the mean
-over all tokens; and the cosine between the gradients by the policy and the true ones, in the worst group of tokens of either model.
+JSON: {POLICY: {RECIPE: {"kl_bias": nats, "grad_hidden_cosine": x, "grad_head_cosine": x, ...}}}: KL by the policy less the true one, the
+mean over all tokens; and the cosine between the gradients by the policy and the true ones, in the worst group of tokens of either model.
 "kl_bias_over_kl" is the largest of any group, relative; "logit_rmse" and the relative errors of gradients are the worst group's too, and
 "groups" has all of them apart. The policy "torch bf16" is the CPU's own implementation in bfloat16, "bf16, float32 gradients" what is left
 when nothing but the logits' operands is rounded.
@@ -22,6 +22,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -151,7 +152,7 @@ def measure(pairs: list[States], divergence: Divergence) -> dict:
     groups: dict[tuple[str, str], list[Group]] = {}
     for states in pairs:
         truth = through_the_door(states, divergence, None)
-        chosen = [(truth.kl >= low) & (truth.kl < high) for low, high in zip(EDGES, EDGES[1:])]
+        chosen = [(truth.kl >= low) & (truth.kl < high) for low, high in pairwise(EDGES)]
         chosen = [rows for rows in chosen if rows.sum() >= FEWEST]
         true_ones = [through_the_door(states, divergence, None, rows) for rows in chosen]
         for name, recipe, products, dtype in ways():
@@ -203,7 +204,7 @@ def logit_rmse(states: States, products: Products, dtype: torch.dtype) -> torch.
 
 
 def compare(model: str, rows: torch.Tensor, truth: Result, true_one: Result, mixed: Result, alone: Result, rmse_T: torch.Tensor) -> Group:
-    """Hidden states' gradients come from a batch of all groups, as they do in training; the head's, which is a sum, from the group alone."""
+    """Hidden states' gradients come from a batch of all groups, as in training; the head's, which is a sum, from the group alone."""
     hidden, true_hidden = mixed.grad_hidden[rows], truth.grad_hidden[rows]
     return Group(
         model=model,
@@ -230,7 +231,7 @@ def summary(groups: list[Group]) -> dict:
     tokens = sum(group.tokens for group in groups)
     return {
         "kl_bias": sum(group.kl_bias * group.tokens for group in groups) / tokens,
-        "kl_bias_over_kl": max((abs(group.kl_bias) / group.kl for group in groups)),
+        "kl_bias_over_kl": max(abs(group.kl_bias) / group.kl for group in groups),
         "logit_rmse": max(group.logit_rmse for group in groups),
         "grad_hidden_cosine": min(group.grad_hidden_cosine for group in groups),
         "grad_head_cosine": min(group.grad_head_cosine for group in groups),
@@ -259,7 +260,8 @@ def show(figures: dict) -> None:
         for recipe, of in recipes.items():
             table.add_row(
                 name, recipe, f"{of['logit_rmse']:.4f}", f"{of['kl_bias']:+.5f}", f"{of['kl_bias_over_kl']:.1%}",
-                f"{of['grad_hidden_cosine']:.5f}", f"{of['grad_head_cosine']:.5f}", f"{of['grad_hidden_error']:.2%}", f"{of['grad_head_error']:.2%}",
+                f"{of['grad_hidden_cosine']:.5f}", f"{of['grad_head_cosine']:.5f}",
+                f"{of['grad_hidden_error']:.2%}", f"{of['grad_head_error']:.2%}",
             )  # fmt: skip
     CONSOLE.print(table)
 
@@ -280,7 +282,6 @@ def draw(figures: dict, path: Path) -> None:
             style = {"color": colour, "marker": marks[recipe], "ls": "", "ms": 4, "alpha": 0.8, "label": f"{name} {recipe}"}
             left.plot([g["kl"] for g in groups], [max(abs(g["kl_bias"]), 1e-7) for g in groups], **style)
             right.plot([g["kl"] for g in groups], [1 - g["grad_hidden_cosine"] for g in groups], **style)
-    low, high = left.get_xlim()
     left.plot([0.003, 10], [0.003, 10], color="0.8", lw=1)
     left.set(xscale="log", yscale="log", xlabel="true KL, nats", ylabel="bias of the KL, nats", title="grey line: as large as the KL")
     right.axhline(0.002, color="0.8", lw=1)

@@ -3,9 +3,10 @@
 Knows policies and roles; refuses to know how a tensor is quantised and multiplied, which is a backend's: TransformerEngine
 (kernels/te.py) on a GPU, its rules in plain torch (kernels/fp8_emulation.py) on a CPU.
 
-Gradients are always made from FP8: relative errors of a few per cent that average out. Logits are another matter, because what is
-trained is the small difference p - q of two large vectors, and the error of an e4m3 logit does not shrink with it. So there are three
-policies for logits:
+Gradients are always made from FP8: relative errors of a few per cent that average out. Tokens' gradients differ by orders of magnitude,
+so each is scaled to the order of 1 by a power of 2, which goes into the token's hidden states where tokens are summed; then e4m3 has
+range enough, and its third bit of mantissa halves the error of the usual e5m2. Logits are another matter, because what is trained is the
+small difference p - q of two large vectors, and the error of an FP8 logit does not shrink with it. So there are three policies for them:
 
 - "bf16": operands in bfloat16, sums in float32. The default.
 - "fp8x2": both operands as a sum of two FP8 terms, x = hi + lo, and hi hi' + hi lo' + lo hi': three products.
@@ -24,10 +25,11 @@ from megatron_opd.kernels.products import HeadProducts, Owner
 
 Policy = Literal["bf16", "fp8x2", "fp8"]
 Recipe = Literal["current", "delayed", "blockwise", "mxfp8"]
-Operand = Literal["hidden", "rows", "gradient"]
+Operand = Literal["hidden", "rows", "gradient", "weighted"]  # weighted: hidden states times the order of their gradient
 Layout = Literal["TN", "NN", "NT"]
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3 = torch.float8_e4m3fn  # the format of everything
+LARGEST = torch.finfo(E4M3).max
 HISTORY = 1024  # amaxes that delayed scaling looks back on
 MARGIN = 2  # powers of 2 that it leaves to what its past did not foresee: chunks differ, and floating point loses nothing by it
 MULTIPLE = {"current": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}  # of every size of an operand; zeros fill it up
@@ -35,15 +37,11 @@ MULTIPLE = {"current": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}  # of e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """What a tensor is, which decides its format and, under delayed scaling, its history."""
+    """What a tensor is, which decides its blocks and, under delayed scaling, its history."""
 
     owner: Owner
     operand: Operand
     low: bool = False  # the second term of two
-
-    def dtype(self, recipe: Recipe) -> torch.dtype:
-        """e5m2 for gradients under per-tensor scaling, whose one scale must span them all; else e4m3. As TransformerEngine has it."""
-        return E5M2 if self.operand == "gradient" and recipe in ("current", "delayed") else E4M3
 
 
 class Backend(Protocol):
@@ -67,9 +65,9 @@ class Backend(Protocol):
 class DelayedScale:
     """The scale of one role from the largest magnitudes of its past, by TransformerEngine's rule. The first tensor is its own past."""
 
-    def __init__(self, first: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, first: torch.Tensor) -> None:
         self.scale = torch.ones(1, device=first.device)
-        self._largest = torch.full_like(self.scale, torch.finfo(dtype).max)  # a number over a tensor would be divided otherwise
+        self._largest = torch.full_like(self.scale, LARGEST)  # a number over a tensor would be divided otherwise
         self.history = torch.zeros(HISTORY, 1, device=first.device)  # the quantiser writes the magnitude of its tensor to the first place
         self.history[0] = first.detach().abs().amax().float() if first.numel() else 0
         self.update()
@@ -171,12 +169,13 @@ class _FP8Head:
         scale: float,
     ) -> None:
         to_hidden, to_rows = grad_hidden_CD is not None, grad_rows_vD is not None
-        dz = self._quantize(dz_Cv, self._role("gradient"), rowwise=to_hidden, columnwise=to_rows)
+        order_C1 = _order(dz_Cv)
+        dz = self._quantize(dz_Cv.div_(order_C1), self._role("gradient"), rowwise=to_hidden, columnwise=to_rows)
         if grad_hidden_CD is not None:
             found = self._backend.product(self._rows, dz, "NN")
-            grad_hidden_CD.add_(found[: grad_hidden_CD.shape[0], : grad_hidden_CD.shape[1]], alpha=scale)
+            grad_hidden_CD.addcmul_(found[: grad_hidden_CD.shape[0], : grad_hidden_CD.shape[1]], order_C1, value=scale)
         if grad_rows_vD is not None:
-            hidden = self._quantize(hidden_CD, self._role("hidden"), rowwise=False, columnwise=True)
+            hidden = self._quantize(hidden_CD * order_C1, self._role("weighted"), rowwise=False, columnwise=True)
             if scale == 1 and self._place(grad_rows_vD) is grad_rows_vD:
                 self._backend.product(hidden, dz, "NT", out=grad_rows_vD, add=True)
             else:
@@ -202,6 +201,13 @@ class _FP8Head:
         """`out` itself where a product may be written to it, else one as large as padded operands make it."""
         sizes = _multiples(out.shape, self._backend.recipe)
         return out if sizes == tuple(out.shape) else out.new_empty(sizes)
+
+
+def _order(dz_Cv: torch.Tensor) -> torch.Tensor:
+    """The power of 2 [C, 1] below the largest gradient of each token, 1 where there is none; none so small that its inverse overflows."""
+    amax_C1 = dz_Cv.abs().amax(1, keepdim=True)
+    exponent_C1 = torch.frexp(amax_C1).exponent.clamp_min(-100) - 1
+    return torch.ldexp(torch.ones_like(amax_C1), exponent_C1).masked_fill(amax_C1 == 0, 1)
 
 
 def _float32_sums(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

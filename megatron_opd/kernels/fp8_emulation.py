@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_opd.kernels.fp8 import DelayedScale, Layout, Recipe, Role
+from megatron_opd.kernels.fp8 import E4M3, LARGEST, DelayedScale, Layout, Recipe, Role
 
 BLOCK, MX_BLOCK = 128, 32  # numbers that share a scale
 
@@ -48,18 +48,17 @@ class Emulation:
 
     def quantize(self, x: torch.Tensor, role: Role, *, rowwise: bool, columnwise: bool) -> Emulated:
         """See `Backend`."""
-        dtype = role.dtype(self.recipe)
         if self.recipe == "current":
-            both = per_tensor(x, current_scale(x, dtype), dtype).values()
+            both = per_tensor(x, current_scale(x)).values()
         elif self.recipe == "delayed":
-            both = self._by_history(x, role, dtype)
+            both = self._by_history(x, role)
         elif self.recipe == "blockwise" and role.operand == "rows":
-            both = blocks(x, dtype, square=True).values()
+            both = blocks(x, square=True).values()
         else:
             along = mx_blocks if self.recipe == "mxfp8" else blocks
             return Emulated(
-                rowwise=along(x, dtype).values() if rowwise else None,
-                columnwise=along(x.t(), dtype).values().t() if columnwise else None,
+                rowwise=along(x).values() if rowwise else None,
+                columnwise=along(x.t()).values().t() if columnwise else None,
             )
         return Emulated(rowwise=both if rowwise else None, columnwise=both if columnwise else None)
 
@@ -76,58 +75,57 @@ class Emulation:
         first, second = of_b.t() if layout == "NT" else of_b, of_a.t() if layout == "TN" else of_a
         return torch.addmm(out, first, second, out=out) if add else torch.mm(first, second, out=out)
 
-    def _by_history(self, x: torch.Tensor, role: Role, dtype: torch.dtype) -> torch.Tensor:
-        state = self._delayed.get(role) or self._delayed.setdefault(role, DelayedScale(x, dtype))
-        values = per_tensor(x, state.scale, dtype).values()
+    def _by_history(self, x: torch.Tensor, role: Role) -> torch.Tensor:
+        state = self._delayed.get(role) or self._delayed.setdefault(role, DelayedScale(x))
+        values = per_tensor(x, state.scale).values()
         state.history[0] = x.abs().amax().float()
         state.update()
         return values
 
 
-def to_codes(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def to_codes(scaled: torch.Tensor) -> torch.Tensor:
     """Rounded to the nearest, of two equally near to the even one; past the largest number that number."""
-    largest = torch.finfo(dtype).max
-    return scaled.clamp(-largest, largest).to(dtype)
+    return scaled.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def scale_from(amax: torch.Tensor, dtype: torch.dtype, *, for_inf: float, power_of_2: bool) -> torch.Tensor:
-    """The scale that takes `amax` to the largest number of `dtype`, 1 where there is none; rounded down to a power of 2 if asked."""
-    scale = torch.full_like(amax, torch.finfo(dtype).max) / amax  # a number over a tensor would be its reciprocal times the number
+def scale_from(amax: torch.Tensor, *, for_inf: float, power_of_2: bool) -> torch.Tensor:
+    """The scale that takes `amax` to the largest code, 1 where there is none; rounded down to a power of 2 if asked."""
+    scale = torch.full_like(amax, LARGEST) / amax  # a number over a tensor would be its reciprocal times the number
     scale = scale.masked_fill(scale.isinf(), for_inf)
     if power_of_2:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)
 
 
-def current_scale(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def current_scale(x: torch.Tensor) -> torch.Tensor:
     """[1], of a whole tensor."""
-    return scale_from(x.abs().amax().float().view(1), dtype, for_inf=torch.finfo(torch.float32).max, power_of_2=False)
+    return scale_from(x.abs().amax().float().view(1), for_inf=torch.finfo(torch.float32).max, power_of_2=False)
 
 
-def per_tensor(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Codes:
+def per_tensor(x: torch.Tensor, scale: torch.Tensor) -> Codes:
     """One scale for all."""
-    return Codes(codes=to_codes(x.float() * scale, dtype), scale_inv=scale.reciprocal().view(1, 1), block=tuple(x.shape))
+    return Codes(codes=to_codes(x.float() * scale), scale_inv=scale.reciprocal().view(1, 1), block=tuple(x.shape))
 
 
-def blocks(x: torch.Tensor, dtype: torch.dtype, *, square: bool = False) -> Codes:
+def blocks(x: torch.Tensor, *, square: bool = False) -> Codes:
     """One power of 2 for 128 numbers of a row, or for 128 rows of them."""
     height = BLOCK if square else 1
     x_ahcb = _in_blocks(x, height, BLOCK)
     amax = x_ahcb.abs().amax((1, 3), keepdim=True).float()
-    scale = scale_from(amax, dtype, for_inf=torch.finfo(x.dtype).max, power_of_2=True)
-    codes = to_codes(x_ahcb.float() * scale, dtype).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]]
+    scale = scale_from(amax, for_inf=torch.finfo(x.dtype).max, power_of_2=True)
+    codes = to_codes(x_ahcb.float() * scale).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]]
     return Codes(codes=codes, scale_inv=scale.reciprocal()[:, 0, :, 0], block=(height, BLOCK))
 
 
-def mx_blocks(x: torch.Tensor, dtype: torch.dtype) -> Codes:
+def mx_blocks(x: torch.Tensor) -> Codes:
     """One power of 2 for 32 numbers of a row, the exponent rounded up so that none is too large."""
     x_ahcb = _in_blocks(x, 1, MX_BLOCK)
     amax = x_ahcb.abs().amax((1, 3), keepdim=True).float()
-    bits = (amax * torch.tensor(1 / torch.finfo(dtype).max, dtype=torch.float32)).view(torch.int32)
+    bits = (amax * torch.tensor(1 / LARGEST, dtype=torch.float32)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     exponent = exponent + ((mantissa > 0) & (exponent < 0xFE) & ~((exponent == 0) & (mantissa <= 0x400000)))
     scale = torch.where(exponent == 0, 1.0, ((254 - exponent) << 23).view(torch.float32))
-    codes = to_codes(x_ahcb.float() * scale, dtype).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]]
+    codes = to_codes(x_ahcb.float() * scale).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]]
     scale_inv = (exponent << 23).view(torch.float32)
     return Codes(codes=codes, scale_inv=scale_inv[:, 0, :, 0], block=(1, MX_BLOCK))
 

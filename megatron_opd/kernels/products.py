@@ -30,7 +30,7 @@ class HeadProducts(Protocol):
         grad_rows_vD: torch.Tensor | None,
         scale: float,
     ) -> None:
-        """Adds `scale` times what follows from the gradient of the logits to those sums that are given."""
+        """Adds `scale` times what follows from the gradient of the logits, which may be written to, to those sums that are given."""
         ...
 
 

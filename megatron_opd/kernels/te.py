@@ -12,7 +12,7 @@ import transformer_engine_torch as tex
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 
 from megatron_opd.errors import ConfigError
-from megatron_opd.kernels.fp8 import E4M3, DelayedScale, Layout, Recipe, Role
+from megatron_opd.kernels.fp8 import DelayedScale, Layout, Recipe, Role
 
 OLDEST, TOO_NEW = (2, 9), (2, 12)
 GIVES_ITSELF_A_WORKSPACE = (2, 10)  # general_gemm, from this version on
@@ -39,7 +39,7 @@ class TransformerEngine:
     def quantize(self, x: torch.Tensor, role: Role, *, rowwise: bool, columnwise: bool) -> te.QuantizedTensor:
         """See `Backend`."""
         x = x.contiguous()
-        dtype = tex.DType.kFloat8E4M3 if role.dtype(self.recipe) == E4M3 else tex.DType.kFloat8E5M2
+        dtype = tex.DType.kFloat8E4M3
         directions = {"rowwise": rowwise, "columnwise": columnwise}
         match self.recipe:
             case "current":
@@ -49,7 +49,7 @@ class TransformerEngine:
             case "mxfp8":
                 return te.MXFP8Quantizer(dtype, **directions)(x)
             case "delayed":
-                state = self._delayed.get(role) or self._delayed.setdefault(role, DelayedScale(x, role.dtype(self.recipe)))
+                state = self._delayed.get(role) or self._delayed.setdefault(role, DelayedScale(x))
                 quantized = te.Float8Quantizer(state.scale, state.history[0], dtype, **directions)(x)  # writes history[0]
                 state.update()
                 return quantized

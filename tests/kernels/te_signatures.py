@@ -143,11 +143,11 @@ class Calls:
 
 def stand_in(version: str, emulation: type) -> tuple[dict[str, ModuleType], Calls]:
     """Modules for `sys.modules` whose functions take what that version takes and do what `emulation` does on a CPU."""
-    from megatron_opd.kernels.fp8 import E4M3, E5M2
+    from megatron_opd.kernels.fp8 import E4M3
     from megatron_opd.kernels.fp8_emulation import blocks, current_scale, mx_blocks, per_tensor
 
     calls = Calls(version)
-    dtypes = SimpleNamespace(kFloat8E4M3=E4M3, kFloat8E5M2=E5M2)
+    dtypes = SimpleNamespace(kFloat8E4M3=E4M3)
 
     class Quantized:
         def __init__(self, kind, rowwise, columnwise):
@@ -160,6 +160,7 @@ def stand_in(version: str, emulation: type) -> tuple[dict[str, ModuleType], Call
     def quantizer(name, kind, both_ways):
         def build(*args, **kwargs):
             given = calls.bound(name, None, *args, **kwargs)
+            assert given["fp8_dtype"] == E4M3
 
             def quantize(*args):
                 x = calls.bound("Quantizer.__call__", None, *args)["tensor"]
@@ -172,19 +173,19 @@ def stand_in(version: str, emulation: type) -> tuple[dict[str, ModuleType], Call
         return build
 
     def current(x, given):
-        return [per_tensor(x, current_scale(x, given["fp8_dtype"]), given["fp8_dtype"]).values()] * 2
+        return [per_tensor(x, current_scale(x)).values()] * 2
 
     def delayed(x, given):
         given["amax"].copy_(x.abs().amax().float())
-        return [per_tensor(x, given["scale"], given["fp8_dtype"]).values()] * 2
+        return [per_tensor(x, given["scale"]).values()] * 2
 
     def blockwise(x, given):
         if given["block_scaling_dim"] == 2:
-            return [blocks(x, given["fp8_dtype"], square=True).values()] * 2
-        return blocks(x, given["fp8_dtype"]).values(), blocks(x.t(), given["fp8_dtype"]).values().t()
+            return [blocks(x, square=True).values()] * 2
+        return blocks(x).values(), blocks(x.t()).values().t()
 
     def mx(x, given):
-        return mx_blocks(x, given["fp8_dtype"]).values(), mx_blocks(x.t(), given["fp8_dtype"]).values().t()
+        return mx_blocks(x).values(), mx_blocks(x.t()).values().t()
 
     def general_gemm(*args, **kwargs):
         given = calls.bound("general_gemm", *args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.kernels import dense_kl, fp8_noise, fp8_products
-from megatron_opd.kernels.fp8 import E4M3, E5M2, DelayedScale, FP8Products, Role
+from megatron_opd.kernels.fp8 import DelayedScale, FP8Products, Role
 from megatron_opd.kernels.fp8_emulation import Emulation, blocks, current_scale, mx_blocks, per_tensor
 from megatron_opd.types import Divergence, VocabShard
 from tests.kernels.te_signatures import SIGNATURES, stand_in
@@ -31,22 +31,14 @@ def awkward(dtype, rows=260, columns=390):
 # Of (codes, scale_inv) that TransformerEngine's published references give for `awkward`: tests/pytorch/references of its repository,
 # blockwise_quantizer_reference.py and ref_per_tensor_cs.py
 DIGESTS = {
-    "current float32 e4m3": "1d78f999bceace47",
-    "1x128 float32 e4m3": "d73c491776f21de9",
-    "128x1 float32 e4m3": "d43e2f0d3392e2ef",
-    "128x128 float32 e4m3": "238d696ea8f618bf",
-    "current float32 e5m2": "e369de425e2c4f8a",
-    "1x128 float32 e5m2": "f03e0c6896853377",
-    "128x1 float32 e5m2": "fc95bd3497c3c35f",
-    "128x128 float32 e5m2": "b2be89e22a8e54e8",
-    "current bfloat16 e4m3": "a0481e18faf2b5aa",
-    "1x128 bfloat16 e4m3": "7506cda32b94a02b",
-    "128x1 bfloat16 e4m3": "6b1fa73c82ce3bf2",
-    "128x128 bfloat16 e4m3": "71b12591d9727d32",
-    "current bfloat16 e5m2": "b606371ee290d080",
-    "1x128 bfloat16 e5m2": "8f70e7e3971cb0cc",
-    "128x1 bfloat16 e5m2": "500ab6afac420cc9",
-    "128x128 bfloat16 e5m2": "368917fd2c1cdddf",
+    "current float32": "1d78f999bceace47",
+    "1x128 float32": "d73c491776f21de9",
+    "128x1 float32": "d43e2f0d3392e2ef",
+    "128x128 float32": "238d696ea8f618bf",
+    "current bfloat16": "a0481e18faf2b5aa",
+    "1x128 bfloat16": "7506cda32b94a02b",
+    "128x1 bfloat16": "6b1fa73c82ce3bf2",
+    "128x128 bfloat16": "71b12591d9727d32",
 }
 
 
@@ -58,29 +50,26 @@ def digest(codes, scale_inv):
 
 def cases():
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        x = awkward(dtype)
-        for fp8, to in (("e4m3", E4M3), ("e5m2", E5M2)):
-            yield name, fp8, x, to
+        yield name, awkward(dtype)
 
 
 def ours():
-    for name, fp8, x, to in cases():
+    for name, x in cases():
         for rule, found in (
-            ("current", per_tensor(x[:20], current_scale(x[:20], to), to)),
-            ("1x128", blocks(x, to)),
-            ("128x1", blocks(x.t(), to)),
-            ("128x128", blocks(x, to, square=True)),
+            ("current", per_tensor(x[:20], current_scale(x[:20]))),
+            ("1x128", blocks(x)),
+            ("128x1", blocks(x.t())),
+            ("128x128", blocks(x, square=True)),
         ):
-            yield f"{rule} {name} {fp8}", digest(found.codes, found.scale_inv)
+            yield f"{rule} {name}", digest(found.codes, found.scale_inv)
 
 
 def test_codes_and_scales_are_those_of_the_published_references_bit_by_bit():
     assert dict(ours()) == DIGESTS
 
 
-@pytest.mark.parametrize("to", [E4M3, E5M2])
-def test_a_scale_of_32_numbers_is_the_least_power_of_2_under_which_none_is_too_large(to):
-    found, largest = mx_blocks(awkward(torch.float32), to), torch.finfo(to).max
+def test_a_scale_of_32_numbers_is_the_least_power_of_2_under_which_none_is_too_large():
+    found, largest = mx_blocks(awkward(torch.float32)), 448
     for row, of_row in zip(awkward(torch.float32).tolist(), found.scale_inv.tolist()):
         for block, scale_inv in enumerate(of_row):
             amax = max(map(abs, row[block * 32 : block * 32 + 32]))
@@ -91,22 +80,22 @@ def test_a_scale_of_32_numbers_is_the_least_power_of_2_under_which_none_is_too_l
 
 
 def test_a_delayed_scale_follows_the_largest_magnitude_of_its_past():
-    scale = DelayedScale(torch.tensor([[2.0, -4.0]]), E4M3)
+    scale = DelayedScale(torch.tensor([[2.0, -4.0]]))
     assert scale.scale.item() == 448 / 4 / 4, "the first tensor is its own past; a margin of two powers of 2"
     for amax, wanted in ((8.0, 14), (1.0, 14), (0.0, 14), (math.inf, 14)):
         scale.history[0] = amax
         scale.update()
         assert scale.scale.item() == wanted
-    assert per_tensor(torch.tensor([[100.0]]), scale.scale, E4M3).codes.item() == 448, "what its past did not foresee is cut"
+    assert per_tensor(torch.tensor([[100.0]]), scale.scale).codes.item() == 448, "what its past did not foresee is cut"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_quantised_numbers_are_near_and_the_directions_are_those_of_the_sum(recipe):
     x = torch.randn(70, 90, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 2, 70)[:, None]
-    for operand, near in (("hidden", 0.04), ("rows", 0.04), ("gradient", 0.04 if recipe in ("blockwise", "mxfp8") else 0.08)):
+    for operand in ("hidden", "rows", "gradient", "weighted"):
         found = Emulation(recipe).quantize(x, Role(owner="student", operand=operand), rowwise=True, columnwise=True)
         for values in (found.rowwise, found.columnwise):
-            assert (values - x).norm() < near * x.norm()
+            assert (values - x).norm() < 0.04 * x.norm()
     along_columns = Emulation(recipe).quantize(x.t(), Role(owner="student", operand="hidden"), rowwise=False, columnwise=True)
     along_rows = Emulation(recipe).quantize(x, Role(owner="student", operand="hidden"), rowwise=True, columnwise=False)
     assert torch.equal(along_columns.columnwise.t(), along_rows.rowwise)
@@ -148,6 +137,19 @@ def test_gradients_in_fp8_point_where_the_exact_ones_do(recipe):
         _, *found = gradients(fp8_products("bf16", recipe, "cpu"), schedule=schedule)
         for ours, theirs in zip(found, exact):
             assert cosine(ours, theirs) > 0.998
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_gradient_of_a_token_does_not_drown_in_that_of_another(recipe):
+    weights = torch.logspace(-12, 3, T)
+    of_hidden = []
+    for products in (fp8_products("bf16", recipe, "cpu"), None):
+        hidden, head, *teacher = case(torch.float32)
+        hidden.requires_grad_()
+        way = {"implementation": "te", "products": products} if products else {}
+        (dense_kl(hidden, head, *teacher, WHOLE, Divergence(kind="reverse"), chunk_tokens=16, **way).divergence * weights).sum().backward()
+        of_hidden.append(hidden.grad)
+    assert min(cosine(ours, theirs) for ours, theirs in zip(*of_hidden)) > 0.99
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
