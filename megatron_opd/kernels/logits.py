@@ -23,7 +23,7 @@ Implementation = Literal["reference", "chunked", "triton", "te"]  # of one rank'
 Model = tuple[torch.Tensor, torch.Tensor]  # hidden states [T, D] of the targets that count, true rows [v, D] of the head
 
 LOG_ZERO = -1e30  # stands for log 0 in maxima: unlike -inf it can be subtracted from itself
-STRIPE = 1 << 17  # logits of one stripe
+STRIPE = {"cpu": 1 << 17, "cuda": 1 << 25}  # logits of one stripe: what a cache holds, or few launches
 SEGMENT = 128  # columns whose maximum is taken first where the column of a row's maximum is asked for
 
 
@@ -116,7 +116,7 @@ def chunk_logits(models: Sequence[Model], heads: Sequence[HeadProducts], plan: P
 def stripes(logits_NCv: Sequence[torch.Tensor], plan: Plan, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of a chunk and their logits / temperature [N, r, v] in `dtype`, to be written to; the next stripe takes their place."""
     num_tokens, num_rows = logits_NCv[0].shape
-    size = max(1, min(STRIPE // max(1, num_rows), num_tokens))
+    size = max(1, min(STRIPE[logits_NCv[0].device.type] // max(1, num_rows), num_tokens))
     place = logits_NCv[0].new_empty(len(logits_NCv), size, num_rows, dtype=dtype)
     for r in chunks(num_tokens, size) if num_rows else []:
         x_Nrv = place[:, : r.stop - r.start]

@@ -12,7 +12,7 @@ import torch
 
 Owner = Literal["student", "teacher"]  # of a head
 
-BLOCK = 1 << 20  # numbers of a head's gradient that are added up at a time
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # numbers of a head's gradient that are added up at a time: what a cache holds, or few launches
 
 
 class HeadProducts(Protocol):
@@ -97,7 +97,7 @@ class _TorchHead:
         if grad_hidden_CD is not None:
             grad_hidden_CD.add_(matmul(dz_Cv, rows_vD), alpha=scale)
         if grad_rows_vD is not None:
-            size = max(1, BLOCK // rows_vD.shape[1])
+            size = max(1, BLOCK[rows_vD.device.type] // rows_vD.shape[1])
             for first in range(0, rows_vD.shape[0], size):
                 b = slice(first, first + size)
                 grad_rows_vD[b].add_(matmul(dz_Cv[:, b].t(), hidden_CD).to(grad_rows_vD.dtype), alpha=scale)
