@@ -4,7 +4,9 @@
     python tools/fp8_error.py --json FILE --plot FILE      # one CPU core, 3 GB, about 10 minutes (--quick: 1)
 
 Each policy of `learner.fp8.logits` and each recipe runs through the door `dense_kl` with the emulation that the tests hold to
-TransformerEngine's own rules; the truth is the same door in float32. Tokens are grouped by their true KL.
+TransformerEngine's own rules; the truth is the same door in float32. Tokens are grouped by their true KL. Twice: on states rounded to
+bfloat16, as a bfloat16 learner has them, where what is off is the policy's and the recipe's doing; and on float32 states, where it is seen
+what rounding them to bfloat16 costs, or does not with two terms.
 
 - smollm2: SmolLM2-135M-Instruct teaches a copy without six of its layers, on the example's prompts. Both have one head, so a student
   that has learned more is had by moving the student's hidden states part of the way to the teacher's: three shares, three levels of KL.
@@ -13,15 +15,16 @@ TransformerEngine's own rules; the truth is the same door in float32. Tokens are
 JSON: {POLICY: {RECIPE: {"kl_bias": nats, "grad_hidden_cosine": x, "grad_head_cosine": x, ...}}}: KL by the policy less the true one, the
 mean over all tokens; and the cosine between the gradients by the policy and the true ones, in the worst group of tokens of either model.
 "kl_bias_over_kl" is the largest of any group, relative; "logit_rmse" and the relative errors of gradients are the worst group's too, and
-"groups" has all of them apart. The policy "torch bf16" is the CPU's own implementation in bfloat16, "bf16, float32 gradients" what is left
-when nothing but the logits' operands is rounded.
+"groups" has all of them apart. "float32_states" has the same of those, without the head's gradient; its "logit_rmse" is what compares
+fp8x2 with bfloat16. The policy "torch bf16" is the CPU's own implementation, which rounds logits to bfloat16, "bf16, float32 gradients"
+what is left when nothing but the logits' operands is rounded.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,8 +78,8 @@ class Group:
     logit_rmse: float
     grad_hidden_cosine: float
     grad_hidden_error: float  # relative
-    grad_head_cosine: float
-    grad_head_error: float
+    grad_head_cosine: float | None = None
+    grad_head_error: float | None = None
 
 
 class _Unquantised(Emulation):
@@ -150,23 +153,31 @@ def last_states(model_folder: Path, folder: Path, num_tokens: int, *, chat: bool
 def measure(pairs: list[States], divergence: Divergence) -> dict:
     """Policy -> recipe -> figures."""
     groups: dict[tuple[str, str], list[Group]] = {}
-    for states in pairs:
-        truth = through_the_door(states, divergence, None)
-        chosen = [(truth.kl >= low) & (truth.kl < high) for low, high in pairwise(EDGES)]
-        chosen = [rows for rows in chosen if rows.sum() >= FEWEST]
-        true_ones = [through_the_door(states, divergence, None, rows) for rows in chosen]
-        for name, recipe, products, dtype in ways():
-            CONSOLE.print(f"{states.name}: {name} {recipe}")
-            mixed = through_the_door(states, divergence, products, None, dtype)
-            rmse_T = logit_rmse(states, products, dtype)
-            for rows, true_one in zip(chosen, true_ones):
-                alone = through_the_door(states, divergence, products, rows, dtype)
-                group = compare(states.name, rows, truth, true_one, mixed, alone, rmse_T)
-                groups.setdefault((name, recipe), []).append(group)
+    of_float32: dict[tuple[str, str], list[Group]] = {}
+    for given in pairs:
+        for states, found in ((rounded(given), groups), (given, of_float32)):
+            truth = through_the_door(states, divergence, None)
+            chosen = [(truth.kl >= low) & (truth.kl < high) for low, high in pairwise(EDGES)]
+            chosen = [rows for rows in chosen if rows.sum() >= FEWEST]
+            true_ones = [through_the_door(states, divergence, None, rows) for rows in chosen] if found is groups else [None] * len(chosen)
+            for name, recipe, products, dtype in ways():
+                CONSOLE.print(f"{states.name}: {name} {recipe}")
+                mixed = through_the_door(states, divergence, products, None, dtype)
+                rmse_T = logit_rmse(states, products, dtype)
+                for rows, true_one in zip(chosen, true_ones):
+                    alone = through_the_door(states, divergence, products, rows, dtype) if true_one else None
+                    group = compare(states.name, rows, truth, true_one, mixed, alone, rmse_T)
+                    found.setdefault((name, recipe), []).append(group)
     figures: dict = {}
     for (name, recipe), of_way in groups.items():
-        figures.setdefault(name, {})[recipe] = summary(of_way)
+        figures.setdefault(name, {})[recipe] = summary(of_way) | {"float32_states": summary(of_float32[name, recipe])}
     return figures
+
+
+def rounded(states: States) -> States:
+    """As a bfloat16 learner has them."""
+    tensors = {field.name: getattr(states, field.name) for field in fields(states) if field.name != "name"}
+    return States(name=states.name, **{name: tensor.bfloat16().float() for name, tensor in tensors.items()})
 
 
 def ways() -> Iterator[tuple[str, str, Products, torch.dtype]]:
@@ -203,7 +214,9 @@ def logit_rmse(states: States, products: Products, dtype: torch.dtype) -> torch.
     return (off - off.mean(1, keepdim=True)).square_().mean(1).sqrt()
 
 
-def compare(model: str, rows: torch.Tensor, truth: Result, true_one: Result, mixed: Result, alone: Result, rmse_T: torch.Tensor) -> Group:
+def compare(
+    model: str, rows: torch.Tensor, truth: Result, true_one: Result | None, mixed: Result, alone: Result | None, rmse_T: torch.Tensor
+) -> Group:
     """Hidden states' gradients come from a batch of all groups, as in training; the head's, which is a sum, from the group alone."""
     hidden, true_hidden = mixed.grad_hidden[rows], truth.grad_hidden[rows]
     return Group(
@@ -215,8 +228,8 @@ def compare(model: str, rows: torch.Tensor, truth: Result, true_one: Result, mix
         logit_rmse=rmse_T[rows].square().mean().sqrt().item(),
         grad_hidden_cosine=cosine(hidden, true_hidden),
         grad_hidden_error=((hidden - true_hidden).norm() / true_hidden.norm()).item(),
-        grad_head_cosine=cosine(alone.grad_head, true_one.grad_head),
-        grad_head_error=((alone.grad_head - true_one.grad_head).norm() / true_one.grad_head.norm()).item(),
+        grad_head_cosine=cosine(alone.grad_head, true_one.grad_head) if alone else None,
+        grad_head_error=((alone.grad_head - true_one.grad_head).norm() / true_one.grad_head.norm()).item() if alone else None,
     )
 
 
@@ -229,14 +242,19 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def summary(groups: list[Group]) -> dict:
     """The worst of all groups, and each of them."""
     tokens = sum(group.tokens for group in groups)
+    of_head = {}
+    if groups[0].grad_head_cosine is not None:
+        of_head = {
+            "grad_head_cosine": min(group.grad_head_cosine for group in groups),
+            "grad_head_error": max(group.grad_head_error for group in groups),
+        }
     return {
         "kl_bias": sum(group.kl_bias * group.tokens for group in groups) / tokens,
         "kl_bias_over_kl": max(abs(group.kl_bias) / group.kl for group in groups),
         "logit_rmse": max(group.logit_rmse for group in groups),
         "grad_hidden_cosine": min(group.grad_hidden_cosine for group in groups),
-        "grad_head_cosine": min(group.grad_head_cosine for group in groups),
         "grad_hidden_error": max(group.grad_hidden_error for group in groups),
-        "grad_head_error": max(group.grad_head_error for group in groups),
+        **of_head,
         "groups": [asdict(group) for group in groups],
     }
 
@@ -244,25 +262,14 @@ def summary(groups: list[Group]) -> dict:
 # -------------------------------------------------------------------------------------------------------------- output
 def show(figures: dict) -> None:
     """One line per policy and recipe: the worst group of each."""
-    columns = (
-        "logits",
-        "recipe",
-        "logit rmse",
-        "KL bias, nats",
-        "of the KL, at most",
-        "cosine hidden",
-        "cosine head",
-        "error hidden",
-        "error head",
-    )
-    table = Table(*columns, title="worst group of tokens")
+    columns = "logits", "recipe", "KL bias", "over the KL", "cosine hidden", "cosine head", "error hidden", "error head"
+    table = Table(*columns, "float32 states: logit rmse", "cosine hidden", title="worst group of tokens")
     for name, recipes in figures.items():
         for recipe, of in recipes.items():
-            table.add_row(
-                name, recipe, f"{of['logit_rmse']:.4f}", f"{of['kl_bias']:+.5f}", f"{of['kl_bias_over_kl']:.1%}",
-                f"{of['grad_hidden_cosine']:.5f}", f"{of['grad_head_cosine']:.5f}",
-                f"{of['grad_hidden_error']:.2%}", f"{of['grad_head_error']:.2%}",
-            )  # fmt: skip
+            cosines = f"{of['grad_hidden_cosine']:.5f}", f"{of['grad_head_cosine']:.5f}"
+            errors = f"{of['grad_hidden_error']:.2%}", f"{of['grad_head_error']:.2%}"
+            wide = f"{of['float32_states']['logit_rmse']:.4f}", f"{of['float32_states']['grad_hidden_cosine']:.5f}"
+            table.add_row(name, recipe, f"{of['kl_bias']:+.5f}", f"{of['kl_bias_over_kl']:.1%}", *cosines, *errors, *wide)
     CONSOLE.print(table)
 
 

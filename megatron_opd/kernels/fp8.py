@@ -9,7 +9,7 @@ range enough, and its third bit of mantissa halves the error of the usual e5m2. 
 small difference p - q of two large vectors, and the error of an FP8 logit does not shrink with it. So there are three policies for them:
 
 - "bf16": operands in bfloat16, sums in float32. The default.
-- "fp8x2": both operands as a sum of two FP8 terms, x = hi + lo, and hi hi' + hi lo' + lo hi': three products.
+- "fp8x2": both operands as a sum of two FP8 terms, x = hi + lo, and all four products of them: nearer to the truth than bfloat16.
 - "fp8": one FP8 product. Adds noise that `noise` measures.
 
 Dimension key: T packed targets, C tokens of one chunk, D hidden size, v vocabulary rows of this rank.
@@ -158,6 +158,7 @@ class _FP8Head:
         if self._policy == "fp8x2":
             self._backend.product(self._low, hidden, "TN", out=place, add=True)
             self._backend.product(self._rows, low, "TN", out=place, add=True)
+            self._backend.product(self._low, low, "TN", out=place, add=True)
         return out_Cv if place is out_Cv else out_Cv.copy_(place[: out_Cv.shape[0], : out_Cv.shape[1]])
 
     def add_gradients(
