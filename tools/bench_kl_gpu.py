@@ -133,8 +133,8 @@ def arithmetic() -> None:
 class Inputs:
     """One rank's tensors."""
 
-    def __init__(self, case: Case, shard: VocabShard) -> None:
-        rows, device = shard.stop - shard.start, torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, case: Case, shard: VocabShard, device: str = "cuda") -> None:
+        rows = shard.stop - shard.start
         g = torch.Generator(device).manual_seed(0)
 
         def normal(count: int, width: int, scale: float) -> torch.Tensor:

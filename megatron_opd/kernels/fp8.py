@@ -15,12 +15,14 @@ small difference p - q of two large vectors, and the error of an FP8 logit does 
 Dimension key: T packed targets, C tokens of one chunk, D hidden size, v vocabulary rows of this rank.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from megatron_opd.errors import ConfigError
 from megatron_opd.kernels.products import HeadProducts, Owner
 
 Policy = Literal["bf16", "fp8x2", "fp8"]
@@ -121,6 +123,10 @@ def fp8_products(policy: Policy, recipe: Recipe, device: torch.device | str) -> 
         ConfigError: TransformerEngine is missing, too old or new, or the chip does not know the recipe.
     """
     if torch.device(device).type == "cuda":
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise ConfigError(
+                "learner.kernels=te needs TransformerEngine; install transformer-engine[pytorch]>=2.9,<2.12 or choose another"
+            )
         from megatron_opd.kernels.te import TransformerEngine
 
         return FP8Products(policy=policy, backend=TransformerEngine(recipe))

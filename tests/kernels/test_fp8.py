@@ -202,6 +202,11 @@ def test_every_call_of_the_adapter_fits_the_source_of_each_supported_version(te)
     assert calls.seen == set(SIGNATURES[calls.version]), "something is recorded that is never called"
 
 
+def test_a_gpu_without_transformer_engine_is_told_so():
+    with pytest.raises(ConfigError, match="needs TransformerEngine; install"):
+        fp8_products("bf16", "current", "cuda")
+
+
 def test_a_chip_that_lacks_the_recipe_and_a_version_that_is_not_known_are_refused(te, monkeypatch):
     adapter, _ = te
     monkeypatch.setattr(adapter.te, "is_mxfp8_available", lambda return_reason: (False, "compute capability 10.0 is needed"))
