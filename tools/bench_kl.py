@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--peers", type=Path, help="a folder with packages to compare with")
-    parser.add_argument("--only", choices=VOCABULARIES, help="this vocabulary, and no table of costs")
+    parser.add_argument("--only", choices=[*VOCABULARIES, "costs"], help="this vocabulary, or the table of costs, alone")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="these alone; floors of theirs are needed")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=2)
@@ -100,10 +100,10 @@ def main() -> None:
         sys.path.append(str(arguments.peers.resolve()))
         os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(arguments.peers.resolve())])
     figures = {}
-    for name in [arguments.only] if arguments.only else VOCABULARIES:
+    for name in [name for name in VOCABULARIES if arguments.only in (None, name)]:
         case = Case(tokens=arguments.tokens, vocabulary=VOCABULARIES[name], repeats=arguments.repeats)
         figures[name] = compare(name, case, arguments.sides)
-    if not arguments.quick and not arguments.only:
+    if not arguments.quick and arguments.only in (None, "costs"):
         figures["costs"] = costs(Case(tokens=2048, vocabulary=32_000, repeats=arguments.repeats))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
@@ -143,10 +143,11 @@ def compare(name: str, case: Case, sides: list[str]) -> dict:
 
 
 def costs(case: Case) -> list[dict]:
-    """How ours grows with each size, one at a time."""
-    table = Table("side", "T", "V", "K", "CPU s", "ns per logit", "extra MB", title="ours as T, V or K doubles")
+    """How ours grows with each size, one at a time; with p ranks, the work of one of them, without collectives."""
+    table = Table("side", "T", "V / p", "K", "CPU s", "ns per logit", "extra MB", title="ours as T, V, p or K doubles")
     rows = []
-    sizes = [case, *(replace(case, **{name: getattr(case, name) * 2}) for name in ("tokens", "vocabulary", "ids"))]
+    doubled = [replace(case, **{name: getattr(case, name) * 2}) for name in ("tokens", "vocabulary", "ids")]
+    sizes = [case, replace(case, vocabulary=case.vocabulary // 2), *doubled]
     for side in ("ours forward", "ours recompute", "ours logps"):
         for one in sizes if side == "ours logps" else sizes[:-1]:
             if (cost := measure(side, one)) is None:
