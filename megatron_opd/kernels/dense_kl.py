@@ -17,7 +17,8 @@ distributions are normalised, so J passes over a chunk's logits once more; log m
 Equal logits have x_j = 0 exactly, hence R, F and their gradients are 0; those of J are 0 up to one rounding error.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal
@@ -42,10 +43,11 @@ from megatron_opd.kernels.logits import (
     local_backward,
     main_grad,
     side_by_side,
+    side_by_side_soon,
     stripes,
     true_rows,
 )
-from megatron_opd.kernels.products import TORCH, Products, wide
+from megatron_opd.kernels.products import TORCH, HeadProducts, Products, wide
 from megatron_opd.kernels.reference import divergence_of, whole_logits, whole_teacher_logits
 from megatron_opd.kernels.results import DenseKL
 from megatron_opd.types import Divergence, VocabShard
@@ -92,9 +94,10 @@ def dense_kl(
     """The `divergence` between student and teacher per target, differentiable in the student alone, and what to watch beside it.
 
     All is the same on every rank of the group; each rank must call it and must derive the same loss from it. Two times the
-    logits of `chunk_tokens` tokens exist at a time. The schedule "forward" multiplies each logit's row four times, and keeps the
-    gradient of the head in float32 from forward to backward; it is for losses whose gradient is the same for all targets that
-    count, a sum or a mean, and falls back to the other one, which multiplies six times and keeps numbers per token, elsewhere.
+    logits of `chunk_tokens` tokens exist at a time, four times over several ranks, whose sums travel while the next chunk's logits are
+    made. The schedule "forward" multiplies each logit's row four times, and keeps the gradient of the head in float32 from forward to
+    backward unless `upstream` spares it; it is for losses whose gradient is the same for all targets that count, a sum or a mean, and
+    falls back to the other one, which multiplies six times and keeps numbers per token, elsewhere.
 
     Args:
         hidden: [T, D], or [T / tp, D] when `shard.sequence_parallel`: gathered here, its gradient reduce-scattered.
@@ -170,9 +173,8 @@ class _DenseKL(torch.autograd.Function):
         found_8T = torch.empty(8, student[0].shape[0], dtype=dtype, device=hidden.device)
         if plan.implementation == "triton":
             found_8T[:] = _triton_per_token(student, teacher, plan, divergence)
-        for c, logits_2Cv in chunk_logits([student, teacher], heads, plan) if heads else []:
-            mixture = partial(_to_mixture, logits_2Cv, plan)
-            found_8T[:, c] = _per_token(_own_sums(logits_2Cv, plan, dtype), mixture, plan, divergence)
+        for c, logits_2Cv, own_S52C in _chunks_with_sums([student, teacher], heads, plan, dtype) if heads else []:
+            found_8T[:, c] = _per_token(own_S52C, partial(_to_mixture, logits_2Cv, plan), plan, divergence)
             if gradients is not None:
                 for r, x_2rv in stripes(logits_2Cv, plan, dtype):
                     norm_2r, mean_r = found_8T[:2, c][:, r], found_8T[2, c][r]
@@ -218,6 +220,21 @@ class _DenseKL(torch.autograd.Function):
         return more if given is None else more + given, of_head, *_NONE
 
 
+def _chunks_with_sums(
+    models: Sequence[Model], heads: Sequence[HeadProducts], plan: Plan, dtype: torch.dtype
+) -> Iterator[tuple[slice, list[torch.Tensor], torch.Tensor]]:
+    """Each chunk, its logits and the sums [S, 5, 2, C] of all ranks, which travel while the next chunk's logits are made."""
+    alive = 1 if plan.shard.group is None else 2
+    under_way: deque[tuple[slice, list[torch.Tensor], Callable[[], torch.Tensor]]] = deque()
+    for c, logits_2Cv in chunk_logits(models, heads, plan, alive=alive):
+        under_way.append((c, logits_2Cv, side_by_side_soon(_own_sums(logits_2Cv, plan, dtype), plan.shard)))
+        if len(under_way) == alive:
+            c, logits_2Cv, arrived = under_way.popleft()
+            yield c, logits_2Cv, arrived()
+    for c, logits_2Cv, arrived in under_way:
+        yield c, logits_2Cv, arrived()
+
+
 def _triton() -> ModuleType:
     """Imported by those who ask for it: a CPU build has no use for Triton."""
     from megatron_opd.kernels import triton_dense_kl
@@ -233,14 +250,14 @@ def _triton_per_token(student: Model, teacher: Model, plan: Plan, divergence: Di
         return kernels.local_to_mixture(student, teacher, norm_2T.t(), beta, plan.temperature).t()
 
     own_52T = torch.stack([one_T2.t().float() for one_T2 in kernels.local_sums(student, teacher, plan.shard, plan.temperature)])
-    return _per_token(own_52T, mixture, plan, divergence)
+    return _per_token(side_by_side(own_52T, plan.shard), mixture, plan, divergence)
 
 
 def _per_token(
-    own_52C: torch.Tensor, mixture: Callable[[torch.Tensor, float], torch.Tensor], plan: Plan, divergence: Divergence
+    own_S52C: torch.Tensor, mixture: Callable[[torch.Tensor, float], torch.Tensor], plan: Plan, divergence: Divergence
 ) -> torch.Tensor:
     """[8, C] over all ranks: log sum e^z and log sum e^u, the mean that the gradient needs, and the fields of `DenseKL`."""
-    norm_2C, entropy_2C, forward_C, reverse_C, agree_C = _both_ways(own_52C, plan)
+    norm_2C, entropy_2C, forward_C, reverse_C, agree_C = _both_ways(own_S52C, plan)
     if divergence.kind == "jsd":
         mean_C, teacher_C = add_up(mixture(norm_2C, divergence.weight).contiguous(), plan.shard)
         loss_C = divergence.weight * teacher_C + (1 - divergence.weight) * mean_C
@@ -268,12 +285,12 @@ def _own_sums(logits_2Cv: list[torch.Tensor], plan: Plan, dtype: torch.dtype) ->
     return own_52C
 
 
-def _both_ways(own_52C: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
+def _both_ways(own_S52C: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
     """L = log sum e^z and entropy of both models [2, C]; KL(q||p), KL(p||q) and whether the best ids agree [C]. Over all ranks.
 
     Every sum is moved to the maximum over all ranks once it has travelled.
     """
-    own_max_S2C, sum_S2C, moment_S2C, gap_S2C, best_S2C = side_by_side(own_52C, plan.shard).unbind(1)
+    own_max_S2C, sum_S2C, moment_S2C, gap_S2C, best_S2C = own_S52C.unbind(1)
     max_2C = own_max_S2C.amax(0)
     shift_S2C = own_max_S2C - max_2C
     moment_S2C = moment_S2C + shift_S2C * sum_S2C
@@ -283,7 +300,7 @@ def _both_ways(own_52C: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
 
     log_sum_2C = sum_2C.log()
     mean_gap_2C = gap_2C / sum_2C - (log_sum_2C[0] - log_sum_2C[1])  # of log p - log q under (p, q)
-    agree_C = (best_2C[0] == best_2C[1]).to(own_52C.dtype)
+    agree_C = (best_2C[0] == best_2C[1]).to(own_S52C.dtype)
     return max_2C + log_sum_2C, log_sum_2C - moment_2C / sum_2C, -mean_gap_2C[1], mean_gap_2C[0], agree_C
 
 

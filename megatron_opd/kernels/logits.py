@@ -11,6 +11,7 @@ without padding, N models.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 import torch
@@ -102,15 +103,17 @@ def head_products(models: Sequence[Model], plan: Plan) -> list[HeadProducts]:
     return [plan.products.head(rows, owner) for (_, rows), owner in zip(models, owners)]
 
 
-def chunk_logits(models: Sequence[Model], heads: Sequence[HeadProducts], plan: Plan) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """The logits [C, v] of each model, chunk by chunk, as `plan.products` leaves them and before the temperature; the next chunk takes
-    their place.
+def chunk_logits(
+    models: Sequence[Model], heads: Sequence[HeadProducts], plan: Plan, *, alive: int = 1
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """The logits [C, v] of each model, chunk by chunk, as `plan.products` leaves them and before the temperature; the chunk that is
+    `alive` further on takes their place.
     """
     num_tokens = models[0][0].shape[0]
     size = min(plan.chunk_tokens, num_tokens)
-    places = [h.new_empty(size, rows.shape[0], dtype=plan.products.dtype(h)) for h, rows in models]
-    for c in chunks(num_tokens, plan.chunk_tokens):
-        yield c, [head.logits(h[c], place[: c.stop - c.start]) for (h, _), head, place in zip(models, heads, places)]
+    places = [[h.new_empty(size, rows.shape[0], dtype=plan.products.dtype(h)) for h, rows in models] for _ in range(alive)]
+    for c, place_N in zip(chunks(num_tokens, plan.chunk_tokens), cycle(places)):
+        yield c, [head.logits(h[c], place[: c.stop - c.start]) for (h, _), head, place in zip(models, heads, place_N)]
 
 
 def stripes(logits_NCv: Sequence[torch.Tensor], plan: Plan, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -171,11 +174,22 @@ def best_ids(best_local: torch.Tensor, max_local: torch.Tensor, max_all: torch.T
 
 def side_by_side(own: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """What each rank has, stacked along a new first dimension [tp, ...]."""
+    return side_by_side_soon(own, shard)()
+
+
+def side_by_side_soon(own: torch.Tensor, shard: VocabShard) -> Callable[[], torch.Tensor]:
+    """The same under way; what is returned waits for it."""
     if shard.group is None:
-        return own[None]
+        return lambda: own[None]
+    own = own.contiguous()
     gathered = own.new_empty(shard.group.size() * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, own.contiguous(), group=shard.group)
-    return gathered.unflatten(0, (shard.group.size(), -1))
+    work = dist.all_gather_into_tensor(gathered, own, group=shard.group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return gathered.unflatten(0, (shard.group.size(), -1))
+
+    return wait
 
 
 # --------------------------------------------------------------------------------------------------------- gradients
