@@ -1,6 +1,7 @@
-"""The command line: `megatron-opd train | launch | convert | step | role`."""
+"""The command line: `megatron-opd train | launch | plan | convert | step | role`."""
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of model folders check config.json alone, not weights or tokenizers, and no prompts: for a dry run where they are not",
     )
     slurm.set_defaults(run=_launch_slurm)
+
+    plan = commands.add_parser("plan", help="does it fit, how fast will it be? No GPU is needed to know")
+    plan.add_argument("config", type=Path)
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    plan.set_defaults(run=_plan)
 
     _add_convert(commands.add_parser("convert", help="checkpoints between Hugging Face and Megatron-Core"))
 
@@ -145,6 +152,17 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_opd.plan.plan import make_plan
+    from megatron_opd.plan.show import show
+
+    config = configs.load(arguments.config, arguments.overrides)
+    plan = make_plan(config)
+    show(plan, config, console())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
 
 
 def _launch_slurm(arguments: argparse.Namespace) -> None:

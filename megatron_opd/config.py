@@ -278,6 +278,7 @@ class ClusterConfig:
 
     nodes: int = 1
     gpus_per_node: int = 8  # run.device=cuda only
+    gpu: str = "h100"  # a row of the table in megatron_opd/plan/gpus.py, for `plan`
     cores_per_node: int = 0  # run.device=cpu only: dealt out like GPUs, and roles are pinned to theirs; 0: not counted
     learner: tuple[int, ...] = ()  # nodes (0, 1, ...) that this role may use, filled in this order; () allows all
     rollout: tuple[int, ...] = ()
@@ -317,6 +318,22 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `megatron-opd plan` assumes of the workload, and from which run it takes its speeds."""
+
+    prompt_tokens: int = 0  # mean; 0: half of data.max_prompt_tokens
+    response_tokens: int = 0  # mean before the cut at rollout.max_response_tokens; 0: half of that
+    spread: float = 0.6  # standard deviation of the logarithm of a response's length
+    steps: int = 12  # simulated for each lag, after as many steps as fill the store
+    calibration: str = ""  # directory of a finished run with loop.max_lag=0, whose speeds replace those of the table
+
+    def __post_init__(self) -> None:
+        _positive("plan", self, "steps")
+        for name in ("prompt_tokens", "response_tokens", "spread"):
+            _require(getattr(self, name) >= 0, f"plan.{name}={getattr(self, name)} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -332,6 +349,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         _require(

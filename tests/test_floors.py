@@ -14,7 +14,7 @@ FLOORS = [
     {"model"},
     {"rollout", "teacher", "learner"},
     {"preflight", "controller", "placement", "turns", "progress", "summary"},
-    {"roles", "launch", "convert"},
+    {"roles", "launch", "convert", "plan"},
     {"slurm"},
     {"cli"},
 ]
@@ -26,7 +26,7 @@ GUESTS = {
     "transformer_engine_torch": {"kernels/te.py"},
     "zmq": {"runtime"},
     "omegaconf": {"config", "estimators"},
-    "rich": {"progress", "summary", "cli", "convert"},
+    "rich": {"progress", "summary", "cli", "convert", "plan/show.py"},
 }
 
 

@@ -1,0 +1,149 @@
+"""Seconds of work by stage: from the table of a GPU, or from a run that was measured. It knows nothing of waiting."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from megatron_opd import config as configs
+from megatron_opd.config import Config
+from megatron_opd.errors import ConfigError
+from megatron_opd.plan import gpus
+from megatron_opd.plan.memory import BYTES, Model
+from megatron_opd.types import Needs, RunSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Of one learner, one teacher replica and one rollout replica."""
+
+    learner_token_s: float  # per token, prompts included
+    learner_step_s: float  # per optimizer step, whatever its tokens
+    teacher_token_s: float  # per token, prompts included
+    decode_s: float  # per decoding step, whatever decodes
+    decode_sequence_s: float  # per decoding step and sequence
+    prefill_token_s: float
+    publish_s: float
+    running: int  # sequences that a replica decodes at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Of prompts and responses, in tokens."""
+
+    prompt: float
+    response: float  # mean before the cut
+    spread: float  # standard deviation of the logarithm
+    longest: int
+
+
+def lengths_of(config: Config) -> Lengths:
+    """What `plan` says, or half of what is allowed."""
+    given, longest = config.plan, config.rollout.max_response_tokens
+    return Lengths(
+        prompt=given.prompt_tokens or config.data.max_prompt_tokens / 2,
+        response=given.response_tokens or longest / 2,
+        spread=given.spread,
+        longest=longest,
+    )
+
+
+def payload_bytes(needs: Needs, teacher: Model | None) -> int:
+    """Bytes that a teacher sends per response token; see types.TeacherScores."""
+    hidden = 2 * teacher.arch.hidden if needs.divergence and teacher is not None else 0
+    scores = needs.teacher_token + needs.teacher_head * needs.head + needs.head_rest + needs.teacher_draws * needs.draws
+    return 4 * scores + 8 * needs.teacher_top + hidden + 8 * needs.moments
+
+
+def costs_of(config: Config, student: Model, teacher: Model | None) -> Costs:
+    """From `plan.calibration` where it is set, from the table else.
+
+    Raises:
+        ConfigError: a CPU run without a calibration; the table knows GPUs only.
+    """
+    if config.plan.calibration:
+        return _measured(config, student, teacher)
+    if config.run.device == "cpu":
+        raise ConfigError(
+            "run.device=cpu has no table of speeds; set plan.calibration to the directory of a finished run with loop.max_lag=0"
+        )
+    return _from_table(config, student, teacher)
+
+
+def _from_table(config: Config, student: Model, teacher: Model | None) -> Costs:
+    gpu, learner, rollout, lengths = gpus.GPUS[config.cluster.gpu], config.learner, config.rollout, lengths_of(config)
+    context, arch = lengths.prompt + lengths.response, student.arch
+    passes = 4 if learner.recompute else 3  # in forward passes
+    flops = _forward_flops(student, context)
+    micro_batches = max(1.0, config.loop.batch * context / (learner.data_parallel * learner.micro_batch_tokens))
+    bubble = 1 + (learner.pipeline_parallel - 1) / micro_batches
+    shard = student.parameters / (learner.tensor_parallel * learner.pipeline_parallel)
+    link = (gpu.network_bytes_s if learner.world_size > config.cluster.gpus_per_node else gpu.nvlink_bytes_s) * gpus.LINK_SHARE
+    reduced = shard * (4 + BYTES[learner.dtype]) / link if learner.data_parallel > 1 else 0.0  # gradients there, weights back
+    updated = shard / learner.data_parallel * 2 * 16 / gpu.memory_bytes_s  # master, gradient, two moments: read and written
+    weights = student.parameters * BYTES[rollout.dtype]
+    bandwidth = rollout.tensor_parallel * gpu.memory_bytes_s * gpus.DECODE_SHARE
+    compute = rollout.tensor_parallel * gpu.flops * gpus.FORWARD_SHARE
+    kv_bytes = student.kv_values * BYTES[rollout.dtype]
+    seats = int(rollout.kv_cache_bytes * rollout.tensor_parallel / (kv_bytes * context))
+    teacher_devices = config.teacher.tensor_parallel * config.teacher.pipeline_parallel
+    return Costs(
+        learner_token_s=passes * flops * bubble / (learner.world_size * gpu.flops * gpus.TRAIN_SHARE),
+        learner_step_s=reduced + updated,
+        teacher_token_s=_forward_flops(teacher, context) / (teacher_devices * gpu.flops * gpus.FORWARD_SHARE) if teacher else 0.0,
+        decode_s=weights / bandwidth + arch.layers * gpus.DECODE_LAYER_S,
+        decode_sequence_s=kv_bytes * (lengths.prompt + lengths.response / 2) / bandwidth + flops / compute,
+        prefill_token_s=flops / compute,
+        publish_s=weights / ((gpu.network_bytes_s if config.cluster.nodes > 1 else gpu.nvlink_bytes_s) * gpus.LINK_SHARE) + gpus.PAUSE_S,
+        running=max(1, min(rollout.max_running, seats)),
+    )
+
+
+def _forward_flops(model: Model, context: float) -> float:
+    """Of one token: two per parameter that multiplies, and the attention to half of the context on average."""
+    embedding = 0 if model.arch.tied else model.arch.vocab * model.arch.hidden
+    attention = 4 * model.arch.layers * model.arch.heads * model.arch.head_dim * context / 2
+    return 2 * (model.parameters - embedding) + attention
+
+
+def _measured(config: Config, student: Model, teacher: Model | None) -> Costs:
+    """Speeds of a synchronous run, scaled by parameters; in it, stages hardly overlap, so busy seconds are work."""
+    folder = Path(config.plan.calibration)
+    try:
+        summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=RunSummary)
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        run = configs.load(folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plan.calibration={folder} is no finished run: {error}") from error
+    if run.loop.max_lag:
+        raise ConfigError(f"plan.calibration={folder} ran with loop.max_lag={run.loop.max_lag}; name a run with loop.max_lag=0")
+    sequences = run.loop.batch * summary.steps
+    prompt = lengths_of(run).prompt
+    tokens = summary.tokens + prompt * sequences
+    seconds = summary.seconds_by_stage
+    publish_s = seconds["publish"] / summary.steps
+    lengths = [step["mean_length"] for step in steps]
+    teacher_s = summary.busy_seconds["teacher"] - (summary.steps * run.teacher.gather_s)
+    rollout_s = (summary.busy_seconds["rollout"] / run.rollout.replicas) - publish_s * summary.steps
+    decoded = _decoding_steps(run, sum(lengths) / len(lengths)) * summary.steps
+    units = summary.tokens / run.rollout.replicas + gpus.CPU_DECODE_BASE * decoded
+    unit_s = rollout_s / units * student.parameters / Model.load(run.student.path).parameters
+    learner = student.parameters / Model.load(run.student.path).parameters
+    scored = teacher.parameters / Model.load(run.teacher.path).parameters if teacher is not None and run.teacher.path else 0.0
+    return Costs(
+        learner_token_s=(seconds["train.pack"] + seconds["train.forward_backward"]) / tokens * learner,
+        learner_step_s=(seconds["train"] - seconds["train.pack"] - seconds["train.forward_backward"]) / summary.steps * learner,
+        teacher_token_s=max(0.0, teacher_s) / tokens * scored,
+        decode_s=unit_s * gpus.CPU_DECODE_BASE,
+        decode_sequence_s=unit_s,
+        prefill_token_s=0.0,  # in what was measured
+        publish_s=publish_s * learner,
+        running=config.rollout.max_running,
+    )
+
+
+def _decoding_steps(run: Config, mean_length: float) -> float:
+    """How many times an engine steps for its share of a batch: the longest response where all run at once, more where they queue."""
+    rounds = run.loop.batch / run.rollout.replicas / run.rollout.max_running
+    return max(run.rollout.max_response_tokens * 1.0, rounds * mean_length) if rounds <= 1 else rounds * mean_length + mean_length

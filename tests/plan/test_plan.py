@@ -1,0 +1,114 @@
+"""Plans of the examples on a cluster: what fits, what is refused, and that the figures are where tools look for them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_opd import config as configs
+from megatron_opd.errors import ConfigError
+from megatron_opd.model.count import count_stages
+from megatron_opd.model.parallel import ParallelConfig
+from megatron_opd.placement import cluster_resources, place
+from megatron_opd.plan.costs import costs_of, lengths_of, payload_bytes
+from megatron_opd.plan.memory import Model, memory_of, require_fit
+from megatron_opd.plan.plan import make_plan, stage_seconds
+from megatron_opd.preflight import build_estimator, check_configs, load_hf_config
+from megatron_opd.slurm import script
+from megatron_opd.types import Divergence, Needs
+
+EXAMPLES = sorted(Path("examples/cluster").glob("*.yaml"))
+
+
+def load(name, *overrides):
+    return configs.load(Path("examples/cluster") / name, overrides)
+
+
+def fit(config):
+    needs = build_estimator(config).needs
+    student, teacher = Model.load(config.student.path), Model.load(config.teacher.path)
+    memory = memory_of(config, needs, student, teacher)
+    require_fit(config, needs, student, teacher, memory)
+    return memory
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_are_whole_fit_their_gpus_and_make_a_job(file):
+    config = configs.load(file)
+    check_configs(config)
+    processes = place(config, cluster_resources(config), generation=True)
+    assert len({process.node for process in processes}) == config.cluster.nodes
+    assert "step learner 0 0" in script(config, processes)
+    memory = fit(config)
+    assert memory.keys() == {"learner", "rollout", "teacher"}
+
+
+def test_the_largest_example_is_counted_on_512_ranks():
+    config = load("llama70b_from_405b.yaml", "learner.data_parallel=32", "cluster.nodes=88", "cluster.learner=[]")
+    assert config.learner.world_size == 512
+    memory = fit(config)["learner"]
+    parameters = 70_553_706_496  # of Llama 3.1 70B, by its safetensors index
+    assert memory["weights"] / 2 * 16 == pytest.approx(parameters, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(memory["weights"] / 2 * 12 / 32)
+
+
+def test_the_stages_of_a_split_add_up_to_the_model():
+    hf_config = load_hf_config("examples/cluster/models/llama-3.1-8b")
+    (whole,) = count_stages(hf_config, ParallelConfig())
+    assert whole.parameters == 8_030_261_248
+    stages = count_stages(hf_config, ParallelConfig(tensor=4, pipeline=4, data=8))
+    norms = 4096 * (2 * 32 + 1)  # on every tensor rank
+    assert sum(4 * stage.parameters for stage in stages) == whole.parameters + 3 * norms
+    assert [stage.layers for stage in stages] == [8, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learner.tensor_parallel=4"], r"learner needs .* most of it is optimizer .*nearest settings that fit: learner\."),
+        (["rollout.kv_cache_bytes=200000000000"], r"rollout needs .* most of it is kv_cache .*fit: rollout\.kv_cache_bytes=\d+"),
+        (["teacher.tensor_parallel=1"], r"teacher needs .* most of it is weights .*fit: teacher\.tensor_parallel=2"),
+        (["cluster.gpu=h10"], r"cluster\.gpu=h10 is not in the table; use one of a100"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_what_would(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(load("qwen32b_from_72b.yaml", *overrides))
+
+
+def test_more_speed_where_there_is_more_of_everything():
+    config = load("llama8b_one_node.yaml")
+    student, teacher = Model.load(config.student.path), Model.load(config.teacher.path)
+
+    def seconds(*overrides):
+        made = load("llama8b_one_node.yaml", *overrides)
+        return stage_seconds(made, costs_of(made, student, teacher), lengths_of(made))
+
+    base = seconds()
+    assert seconds("rollout.replicas=4")["rollout"] == pytest.approx(base["rollout"] / 2)
+    assert seconds("teacher.tensor_parallel=8")["teacher"] == pytest.approx(base["teacher"] / 2)
+    assert seconds("cluster.gpu=a100")["learner"] > 2.5 * base["learner"]
+    assert seconds("learner.recompute=false")["learner"] < base["learner"]
+
+
+def test_the_payload_is_what_the_scores_weigh():
+    teacher = Model.load("examples/cluster/models/llama-3.1-8b")
+    assert payload_bytes(Needs(teacher_top=64), teacher) == 512
+    assert (
+        payload_bytes(Needs(head=16, teacher_head=True, head_rest=True, draws=16, teacher_draws=True, teacher_token=True), teacher) == 136
+    )
+    assert payload_bytes(Needs(divergence=Divergence(kind="reverse")), teacher) == 8192
+
+
+def test_a_plan_has_its_figures_under_the_names_that_tools_read():
+    config = load("llama8b_one_node.yaml", "loop.batch=16", "loop.max_lag=1", "plan.steps=3", "plan.response_tokens=100")
+    found = json.loads(json.dumps(make_plan(config).to_json()))
+    assert found["fits"] is True and found["bottleneck"] in ("learner", "rollout", "teacher")
+    assert found["step_seconds"].keys() == {"0", "1", "2", "4"} and found["step_seconds"]["4"] < found["step_seconds"]["0"]
+    assert found["roles"]["learner"]["memory_bytes"]["weights"] > 1e9
+
+
+def test_a_cpu_has_no_speeds_without_a_run():
+    config = configs.load("examples/arithmetic/config.yaml")
+    with pytest.raises(ConfigError, match=r"set plan\.calibration to the directory of a finished run"):
+        costs_of(config, None, None)
