@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -15,6 +16,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.placement import cluster_resources, place
 from tests.run import cluster
 
+ROOT = Path(__file__).parent.parent
 BASE = {
     "student": {"path": "s"},
     "teacher": {"path": "t"},
@@ -166,6 +168,20 @@ def test_what_no_script_can_do_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="sbatch is not on the PATH; submit from a login node"):
         slurm.require_sbatch()
+
+
+@pytest.mark.parametrize(("name", "example"), [("one_job", "llama70b_from_405b"), ("hetjob", "qwen32b_from_72b")])
+def test_the_scripts_that_people_read_are_those_that_are_made(monkeypatch, name, example):
+    """After a change of the script: MEGATRON_OPD_WRITE=1 pytest tests/test_slurm.py"""
+    file = ROOT / "slurm" / f"{name}.sbatch"
+    made = configs.load(ROOT / "examples" / "cluster" / f"{example}.yaml")
+    monkeypatch.setattr(os, "getcwd", lambda: "/shared/megatron_opd")
+    monkeypatch.setattr(sys, "executable", "/shared/megatron_opd/.venv/bin/python")
+    text = script(made)
+    if os.environ.get("MEGATRON_OPD_WRITE"):
+        file.write_text(text)
+    assert file.read_text() == text
+    assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
 
 
 def test_a_container_wraps_every_step(tmp_path):
