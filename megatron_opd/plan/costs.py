@@ -1,17 +1,12 @@
-"""Seconds of work by stage: from the table of a GPU, or from a run that was measured. It knows nothing of waiting."""
+"""Seconds of work by stage, from the table of a GPU. It knows nothing of waiting."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
-
-from megatron_opd import config as configs
 from megatron_opd.config import Config
 from megatron_opd.errors import ConfigError
 from megatron_opd.plan import gpus
 from megatron_opd.plan.memory import BYTES, Model
-from megatron_opd.types import Needs, RunSummary
+from megatron_opd.types import Needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,21 +52,15 @@ def payload_bytes(needs: Needs, teacher: Model | None) -> int:
 
 
 def costs_of(config: Config, student: Model, teacher: Model | None) -> Costs:
-    """From `plan.calibration` where it is set, from the table else.
+    """From the table of GPUs.
 
     Raises:
-        ConfigError: a CPU run without a calibration; the table knows GPUs only.
+        ConfigError: a CPU run; the table knows GPUs only.
     """
-    if config.plan.calibration:
-        return _measured(config, student, teacher)
     if config.run.device == "cpu":
         raise ConfigError(
             "run.device=cpu has no table of speeds; set plan.calibration to the directory of a finished run with loop.max_lag=0"
         )
-    return _from_table(config, student, teacher)
-
-
-def _from_table(config: Config, student: Model, teacher: Model | None) -> Costs:
     gpu, learner, rollout, lengths = gpus.GPUS[config.cluster.gpu], config.learner, config.rollout, lengths_of(config)
     context, arch = lengths.prompt + lengths.response, student.arch
     passes = 4 if learner.recompute else 3  # in forward passes
@@ -105,45 +94,3 @@ def _forward_flops(model: Model, context: float) -> float:
     embedding = 0 if model.arch.tied else model.arch.vocab * model.arch.hidden
     attention = 4 * model.arch.layers * model.arch.heads * model.arch.head_dim * context / 2
     return 2 * (model.parameters - embedding) + attention
-
-
-def _measured(config: Config, student: Model, teacher: Model | None) -> Costs:
-    """Speeds of a synchronous run, scaled by parameters; in it, stages hardly overlap, so busy seconds are work."""
-    folder = Path(config.plan.calibration)
-    try:
-        summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=RunSummary)
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        run = configs.load(folder / "config.yaml")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"plan.calibration={folder} is no finished run: {error}") from error
-    if run.loop.max_lag:
-        raise ConfigError(f"plan.calibration={folder} ran with loop.max_lag={run.loop.max_lag}; name a run with loop.max_lag=0")
-    sequences = run.loop.batch * summary.steps
-    prompt = lengths_of(run).prompt
-    tokens = summary.tokens + prompt * sequences
-    seconds = summary.seconds_by_stage
-    publish_s = seconds["publish"] / summary.steps
-    lengths = [step["mean_length"] for step in steps]
-    teacher_s = summary.busy_seconds["teacher"] - (summary.steps * run.teacher.gather_s)
-    rollout_s = (summary.busy_seconds["rollout"] / run.rollout.replicas) - publish_s * summary.steps
-    decoded = _decoding_steps(run, sum(lengths) / len(lengths)) * summary.steps
-    units = summary.tokens / run.rollout.replicas + gpus.CPU_DECODE_BASE * decoded
-    unit_s = rollout_s / units * student.parameters / Model.load(run.student.path).parameters
-    learner = student.parameters / Model.load(run.student.path).parameters
-    scored = teacher.parameters / Model.load(run.teacher.path).parameters if teacher is not None and run.teacher.path else 0.0
-    return Costs(
-        learner_token_s=(seconds["train.pack"] + seconds["train.forward_backward"]) / tokens * learner,
-        learner_step_s=(seconds["train"] - seconds["train.pack"] - seconds["train.forward_backward"]) / summary.steps * learner,
-        teacher_token_s=max(0.0, teacher_s) / tokens * scored,
-        decode_s=unit_s * gpus.CPU_DECODE_BASE,
-        decode_sequence_s=unit_s,
-        prefill_token_s=0.0,  # in what was measured
-        publish_s=publish_s * learner,
-        running=config.rollout.max_running,
-    )
-
-
-def _decoding_steps(run: Config, mean_length: float) -> float:
-    """How many times an engine steps for its share of a batch: the longest response where all run at once, more where they queue."""
-    rounds = run.loop.batch / run.rollout.replicas / run.rollout.max_running
-    return max(run.rollout.max_response_tokens * 1.0, rounds * mean_length) if rounds <= 1 else rounds * mean_length + mean_length

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatron_opd.config import Config
 from megatron_opd.placement import Process, cluster_resources, place
+from megatron_opd.plan.calibration import calibrated
 from megatron_opd.plan.costs import Costs, Lengths, costs_of, lengths_of, payload_bytes
 from megatron_opd.plan.memory import Memory, Model, limit_of, memory_of, require_fit
 from megatron_opd.plan.simulation import Outcome, simulate
@@ -23,7 +24,7 @@ class Plan:
     lengths: Lengths
     outcomes: dict[int, Outcome]  # max_lag -> steady state
     bottleneck: str  # the role that works the greatest share of the time at the run's own max_lag
-    split: "Split | None"  # None on CPU, where cores are named by hand
+    split: "Split | None"  # None where speeds come from a run, which says nothing of other sizes
 
     def to_json(self) -> dict:
         """The figures under the keys that tools read."""
@@ -61,7 +62,10 @@ def make_plan(config: Config) -> Plan:
     teacher = Model.load(config.teacher.path) if config.teacher.backend != "none" else None
     memory = memory_of(config, needs, student, teacher)
     require_fit(config, needs, student, teacher, memory)
-    costs, lengths = costs_of(config, student, teacher), lengths_of(config)
+    if config.plan.calibration:
+        costs, lengths = calibrated(config, student, teacher)
+    else:
+        costs, lengths = costs_of(config, student, teacher), lengths_of(config)
     outcomes = {lag: simulate(config, processes, costs, lengths, lag) for lag in sorted({0, 1, 2, 4, config.loop.max_lag})}
     busy = outcomes[config.loop.max_lag].busy
     return Plan(
@@ -72,7 +76,7 @@ def make_plan(config: Config) -> Plan:
         lengths=lengths,
         outcomes=outcomes,
         bottleneck=max(busy, key=lambda role: busy[role]),
-        split=_best_split(config, needs, processes, student, teacher) if config.run.device == "cuda" else None,
+        split=_best_split(config, needs, processes, student, teacher) if not config.plan.calibration else None,
     )
 
 

@@ -44,6 +44,7 @@ class Outcome:
     tokens_s: float  # response tokens
     lag: float  # mean, in optimizer steps
     busy: dict[str, float]  # role -> share of the time that a replica works
+    outstanding: dict[str, float]  # role -> share of the time that a replica has something to answer, as runs account for it
 
 
 class _Clock(selectors.DefaultSelector):
@@ -103,16 +104,22 @@ class _Role:
         self.outstanding = 0
         self.busy_s = 0.0
         self.worked_s = 0.0
+        self._busy_since = 0.0
         self._costs = costs
         self._site = site
 
     async def call(self, message: object, timeout_s: float) -> Any:
         """The answer, when it would be there."""
+        clock = asyncio.get_running_loop().time
+        if self.outstanding == 0:
+            self._busy_since = clock()
         self.outstanding += 1
         try:
             return await self._answer(message)
         finally:
             self.outstanding -= 1
+            if self.outstanding == 0:
+                self.busy_s += clock() - self._busy_since
 
     async def _answer(self, message: object) -> Any:
         return Done()
@@ -252,27 +259,34 @@ class _Log:
     times: list[float] = field(default_factory=list)
     reports: list[StepReport] = field(default_factory=list)
     worked: list[list[float]] = field(default_factory=list)
+    busy: list[list[float]] = field(default_factory=list)
 
     def write(self, report: StepReport, seconds: dict[str, float], *, mean_length: float, stopped: float) -> None:
         """One step."""
         self.times.append(asyncio.get_running_loop().time())
         self.reports.append(report)
         self.worked.append([role.worked_s for role in self.roles])
+        self.busy.append([role.busy_s for role in self.roles])
 
     def outcome(self, first: int, last: int) -> Outcome:
         """Between the ends of two steps."""
         span = self.times[last] - self.times[first]
         reports = self.reports[first + 1 : last + 1]
         tokens = sum(report.tokens for report in reports)
-        busy: dict[str, list[float]] = {}
-        for role, start, end in zip(self.roles, self.worked[first], self.worked[last], strict=True):
-            busy.setdefault(role.hello.role, []).append((end - start) / span)
         return Outcome(
             step_s=span / (last - first),
             tokens_s=tokens / span,
             lag=sum(lag * count for report in reports for lag, count in report.lags.items()) / tokens,
-            busy={role: sum(shares) / len(shares) for role, shares in busy.items()},
+            busy=self._shares(self.worked[first], self.worked[last], span),
+            outstanding=self._shares(self.busy[first], self.busy[last], span),
         )
+
+    def _shares(self, start: list[float], end: list[float], span: float) -> dict[str, float]:
+        """Mean over the replicas of each role."""
+        shares: dict[str, list[float]] = {}
+        for role, before, after in zip(self.roles, start, end, strict=True):
+            shares.setdefault(role.hello.role, []).append((after - before) / span)
+        return {role: sum(values) / len(values) for role, values in shares.items()}
 
 
 class _Prompts:
