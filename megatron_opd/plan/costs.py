@@ -76,6 +76,7 @@ def costs_of(config: Config, student: Model, teacher: Model | None) -> Costs:
     compute = rollout.tensor_parallel * gpu.flops * gpus.FORWARD_SHARE
     kv_bytes = student.kv_values * BYTES[rollout.dtype]
     seats = int(rollout.kv_cache_bytes * rollout.tensor_parallel / (kv_bytes * context))
+    apart = config.cluster.nodes > 1 and not config.run.colocated
     teacher_devices = config.teacher.tensor_parallel * config.teacher.pipeline_parallel
     return Costs(
         learner_token_s=passes * flops * bubble / (learner.world_size * gpu.flops * gpus.TRAIN_SHARE),
@@ -84,7 +85,7 @@ def costs_of(config: Config, student: Model, teacher: Model | None) -> Costs:
         decode_s=weights / bandwidth + arch.layers * gpus.DECODE_LAYER_S,
         decode_sequence_s=kv_bytes * (lengths.prompt + lengths.response / 2) / bandwidth + flops / compute,
         prefill_token_s=flops / compute,
-        publish_s=weights / ((gpu.network_bytes_s if config.cluster.nodes > 1 else gpu.nvlink_bytes_s) * gpus.LINK_SHARE) + gpus.PAUSE_S,
+        publish_s=weights / ((gpu.network_bytes_s if apart else gpu.nvlink_bytes_s) * gpus.LINK_SHARE) + gpus.PAUSE_S,
         running=max(1, min(rollout.max_running, seats)),
     )
 

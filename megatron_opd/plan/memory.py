@@ -58,12 +58,22 @@ Memory = dict[str, float]  # component -> bytes
 
 
 def memory_of(config: Config, needs: Needs, student: Model, teacher: Model | None) -> dict[str, Memory]:
-    """Role -> component -> bytes on its fullest device. On a CPU, roles have no device of their own: bytes of a process."""
+    """Role -> component -> bytes on its fullest device. On a CPU, roles have no device of their own: bytes of a process.
+
+    Where learner and rollout share devices, "learner" is a training turn, "rollout" a sampling turn, and "hand_over" the moment
+    between them, when both hold their weights and the first rank all tensors in full.
+    """
     reserve = GPU_RESERVE_BYTES if config.run.device == "cuda" else CPU_RESERVE_BYTES
     found = {"learner": learner_memory(config, config.learner, needs, student, teacher)}
     if needs.generation:
         found["rollout"] = _engine(student, config.rollout.dtype, config.rollout.tensor_parallel, config.rollout.kv_cache_bytes)
         found["rollout"]["sync"] = 2.0 * max(config.learner.bucket_bytes, _largest(student.arch) * BYTES[config.rollout.dtype])
+        if config.run.colocated:
+            trained = {name: found["learner"][name] for name in ("weights", "gradients", "optimizer")}
+            found["learner"]["sync"] = 0.0
+            found["rollout"] |= {"sync": 0.0, "learner_weights": trained["weights"]}
+            whole = student.parameters * BYTES[config.rollout.dtype]
+            found["hand_over"] = trained | {"rollout_weights": found["rollout"]["weights"], "sync": whole}
     if teacher is not None and config.teacher.backend == "vllm":
         found["teacher"] = _engine(teacher, config.teacher.dtype, config.teacher.tensor_parallel, config.teacher.kv_cache_bytes)
     elif teacher is not None:
@@ -171,14 +181,15 @@ def _remedy(config: Config, needs: Needs, student: Model, teacher: Model | None,
 
 def _neighbours(config: Config, role: str, student: Model, teacher: Model | None) -> Iterator[tuple[str, Config]]:
     """Other settings of a role, the least change first: the same GPUs before more of them."""
-    settings = getattr(config, role)
-    if role == "learner":
+    if role in ("learner", "hand_over"):
         yield from _learner_neighbours(config)
-    elif role == "rollout" or settings.backend == "vllm":
+        return
+    settings = getattr(config, role)
+    if role == "rollout" or settings.backend == "vllm":
         model = student if role == "rollout" else teacher
         assert model is not None, "there is no teacher role without a teacher"
         least = (config.data.max_prompt_tokens + config.rollout.max_response_tokens) * model.kv_values * BYTES[settings.dtype]
-        for tensor in (1, 2, 4, 8):
+        for tensor in (1,) if role == "rollout" and config.run.colocated else (1, 2, 4, 8):
             for share in (1, 2, 4):
                 cache = settings.kv_cache_bytes // share
                 if cache * settings.tensor_parallel * tensor >= least and (tensor, share) != (1, 1):
@@ -215,7 +226,9 @@ def _learner_neighbours(config: Config) -> Iterator[tuple[str, Config]]:
                         steps = (recompute != settings.recompute) + share + 3 * (tensor * pipeline) + 20 * more
                         found.append((steps, changes))
     for _, changes in sorted(found, key=lambda pair: pair[0]):
-        yield _words("learner", settings, changes), replace(config, learner=replace(settings, **changes))
+        changed = replace(settings, **changes)
+        rollout = replace(config.rollout, tensor_parallel=changed.world_size) if config.run.colocated else config.rollout
+        yield _words("learner", settings, changes), replace(config, learner=changed, rollout=rollout)
 
 
 def _words(role: str, settings: object, changes: dict) -> str:

@@ -24,7 +24,7 @@ class Plan:
     lengths: Lengths
     outcomes: dict[int, Outcome]  # max_lag -> steady state
     bottleneck: str  # the role that works the greatest share of the time at the run's own max_lag
-    split: "Split | None"  # None where speeds come from a run, which says nothing of other sizes
+    split: "Split | None"  # None where speeds come from a run, which says nothing of other sizes, and where roles share GPUs
 
     def to_json(self) -> dict:
         """The figures under the keys that tools read."""
@@ -76,7 +76,7 @@ def make_plan(config: Config) -> Plan:
         lengths=lengths,
         outcomes=outcomes,
         bottleneck=max(busy, key=lambda role: busy[role]),
-        split=_best_split(config, needs, processes, student, teacher) if not config.plan.calibration else None,
+        split=None if config.plan.calibration or config.run.colocated else _best_split(config, needs, processes, student, teacher),
     )
 
 

@@ -1,7 +1,7 @@
 """The loop in virtual time: the real controller and the real store, with roles that only take the seconds that they would.
 
 A clock that jumps to the next event replaces the event loop's, so an hour of a cluster passes in a second. Roles on the
-same cores share them evenly. It knows durations; it refuses to know where they come from.
+same cores, or taking turns on the same GPUs, share them evenly. It knows durations; it refuses to know where they come from.
 """
 
 import asyncio
@@ -329,10 +329,11 @@ async def _run(config: Config, processes: tuple[Process, ...], costs: Costs, len
         for (role, replica), process in firsts.items()
         if role == "teacher"
     ]
+    holder = "learner" if config.run.colocated else "rollout"  # of the devices that engines run on
     engines = [
         _Engine(replica, costs, site(process), _draw(lengths, config.run.seed), config.rollout.keep_kv)
         for (role, replica), process in firsts.items()
-        if role == "rollout"
+        if role == holder
     ]
     turns = [asyncio.create_task(role.turn()) for role in (*teachers, *engines)]
     log = _Log([learner, *engines, *teachers])

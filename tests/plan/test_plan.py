@@ -40,7 +40,7 @@ def test_examples_are_whole_fit_their_gpus_and_make_a_job(file):
     assert len({process.node for process in processes}) == config.cluster.nodes
     assert "step learner 0 0" in script(config, processes)
     memory = fit(config)
-    assert memory.keys() == {"learner", "rollout", "teacher"}
+    assert memory.keys() == {"learner", "rollout", "teacher"} | ({"hand_over"} if config.run.colocated else set())
 
 
 def test_the_largest_example_is_counted_on_512_ranks():
@@ -76,6 +76,14 @@ def test_what_does_not_fit_is_refused_with_what_would(overrides, message):
         fit(load("qwen32b_from_72b.yaml", *overrides))
 
 
+def test_roles_that_share_a_gpu_are_counted_in_every_turn():
+    memory = fit(load("llama8b_one_node.yaml"))
+    assert memory["rollout"]["learner_weights"] == memory["learner"]["weights"]
+    assert memory["hand_over"]["sync"] == 2 * 8_030_261_248, "the first rank holds the whole model while it is handed over"
+    with pytest.raises(ConfigError, match=r"hand_over needs .* most of it is .*nearest settings that fit: learner\."):
+        fit(load("llama8b_one_node.yaml", "learner.tensor_parallel=2", "rollout.tensor_parallel=2", "rollout.kv_cache_bytes=1000000000"))
+
+
 def test_more_speed_where_there_is_more_of_everything():
     config = load("llama8b_one_node.yaml")
     student, teacher = Model.load(config.student.path), Model.load(config.teacher.path)
@@ -85,7 +93,8 @@ def test_more_speed_where_there_is_more_of_everything():
         return stage_seconds(made, costs_of(made, student, teacher), lengths_of(made))
 
     base = seconds()
-    assert seconds("rollout.replicas=4")["rollout"] == pytest.approx(base["rollout"] / 2)
+    apart = ["run.colocated=false"]
+    assert seconds(*apart, "rollout.replicas=2")["rollout"] == pytest.approx(base["rollout"] / 2)
     assert seconds("teacher.tensor_parallel=8")["teacher"] == pytest.approx(base["teacher"] / 2)
     assert seconds("cluster.gpu=a100")["learner"] > 2.5 * base["learner"]
     assert seconds("learner.recompute=false")["learner"] < base["learner"]
@@ -101,7 +110,7 @@ def test_the_payload_is_what_the_scores_weigh():
 
 
 def test_a_plan_has_its_figures_under_the_names_that_tools_read():
-    config = load("llama8b_one_node.yaml", "loop.batch=16", "loop.max_lag=1", "plan.steps=3", "plan.response_tokens=100")
+    config = load("qwen32b_from_72b.yaml", "loop.batch=16", "loop.max_lag=1", "plan.steps=3", "plan.response_tokens=100")
     found = json.loads(json.dumps(make_plan(config).to_json()))
     assert found["fits"] is True and found["bottleneck"] in ("learner", "rollout", "teacher")
     assert found["step_seconds"].keys() == {"0", "1", "2", "4"} and found["step_seconds"]["4"] < found["step_seconds"]["0"]
