@@ -22,10 +22,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        workers = [
-            context.Process(target=_rank, args=(function, rank, world_size, folder, args, timeout_s), daemon=True)
-            for rank in range(world_size)
-        ]
+        workers = [context.Process(target=_rank, args=(function, rank, world_size, folder, args, timeout_s)) for rank in range(world_size)]
         for worker in workers:
             worker.start()
         try:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import torch
@@ -24,6 +25,7 @@ from megatron_opd.errors import DataError, OPDError
 from megatron_opd.interfaces import Estimator
 from megatron_opd.kernels import TORCH, FP8Products, choose, fp8_noise, fp8_products
 from megatron_opd.learner import diagnostics, optimizer
+from megatron_opd.learner.checkpoint import TrainingState
 from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.model import parallel
 from megatron_opd.model.build import build, head_weight
@@ -90,6 +92,7 @@ class Learner:
         self._model = optimizer.wrap(self._module)
         self._optimizer, self._schedule = optimizer.build(settings.optimizer, self._model, dtype=self._dtype, steps=student.steps)
         self._module.config.grad_scale_func = self._optimizer.scale_loss
+        self._state = TrainingState(self._module, self._optimizer, self._parallel)
         self._forward_backward = get_forward_backward_func()
         self._needs = replace(estimator.needs, moments=student.teacher_moments)
         shard = parallel.vocab_shard(student.hf_config.vocab_size, self._parallel)
@@ -134,6 +137,27 @@ class Learner:
             lags=dict(lags),
             seconds={"pack": packed - started, "forward_backward": computed - packed, "optimizer": time.monotonic() - computed},
         )
+
+    def save(self, folder: str) -> None:
+        """Begins to write all that training goes on from into an empty folder; `finish_save` waits for the end of it."""
+        self._state.save(Path(folder), self.version)
+
+    def finish_save(self) -> None:
+        """Returns when what was begun is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._state.finish()
+
+    def load(self, folder: str) -> None:
+        """Goes on from a checkpoint of any layout; the schedule is that of the present settings, at the checkpoint's step.
+
+        Raises:
+            CheckpointError: it is damaged or of another model.
+        """
+        self.version = self._state.load(Path(folder))
+        self._schedule.step(increment=self.version)
 
     def manifest(self, dtype: str) -> tuple[TensorSpec, ...]:
         """Names and shapes of the student's tensors in a Hugging Face folder."""

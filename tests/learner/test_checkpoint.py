@@ -1,0 +1,92 @@
+"""A learner that was saved and loaded goes on as if nothing had happened: bit for bit, and in another layout to rounding."""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opd.config import LearnerConfig, OptimizerConfig
+from megatron_opd.estimators import build
+from megatron_opd.learner.learner import Learner, StudentModel
+from megatron_opd.runtime.collective import Ranks
+from tests.learner.cases import trajectories
+from tests.model.tiny import read_config, write_model
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.engines
+
+ESTIMATOR = build("forward_kl_topk", {"top_k": 5})
+STEPS, SAVED_AT = 6, 3
+LAYOUTS = {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}}
+
+
+def train(folder, layout, dtype, load, save):
+    """Trains to step `STEPS` from a checkpoint or from the start; on the way saves what `SAVED_AT` steps made."""
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=3, decay="cosine", weight_decay=0.1)
+    settings = LearnerConfig(**layout, micro_batch_tokens=16, dtype=dtype, optimizer=optimizer)
+    student = StudentModel(path=folder, hf_config=read_config(folder), steps=10, seed=0, device="cpu")
+    learner = Learner(student, settings, ESTIMATOR, Ranks())
+    if load:
+        learner.load(load)
+    reports = []
+    while learner.version < STEPS:
+        reports.append(learner.train(trajectories(ESTIMATOR.needs, vocab=507, seed=learner.version)))
+        if save and learner.version == SAVED_AT:
+            torch.rand(7)  # the generator is somewhere else than where it began
+            learner.save(save)  # written while the next step changes the weights
+    if save:
+        learner.finish_save()
+    weights = {name: tensor.clone() for name, tensor in learner.weights("float32")}
+    curve = {name: [getattr(report, name) for report in reports] for name in ("loss", "grad_norm", "learning_rate")}
+    return {**curve, "generator": torch.get_rng_state(), "weights": weights if dist.get_rank() == 0 else {}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "student", "qwen3", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    """(checkpoint of one rank, how that rank went on)."""
+    path = str(tmp_path_factory.mktemp("checkpoint"))
+    return path, run_ranks(train, 1, folder, {}, "float32", "", path)[0]
+
+
+def test_a_loaded_learner_goes_on_bit_for_bit(folder, saved):
+    path, whole = saved
+    found = run_ranks(train, 1, folder, {}, "float32", path, "")[0]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert found[name] == whole[name][SAVED_AT:], name
+    assert torch.equal(found["generator"], whole["generator"])
+    assert all(torch.equal(found["weights"][name], weight) for name, weight in whole["weights"].items())
+    assert len({*whole["loss"]}) == STEPS, "every step differs from the others"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_checkpoint_loads_in_another_layout(folder, saved, layout):
+    path, whole = saved
+    found = run_ranks(train, 2, folder, layout, "float32", path, "")[0]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert found[name] == pytest.approx(whole[name][SAVED_AT:], rel=1e-5), name
+
+
+def test_two_replicas_go_on_from_a_bfloat16_checkpoint_of_two_tensor_ranks(folder, tmp_path):
+    """Masters and moments are float32 on disk, so the step after loading is that of an undisturbed run to the layouts' own rounding."""
+    whole = run_ranks(train, 2, folder, {"tensor_parallel": 2}, "bfloat16", "", str(tmp_path))[0]
+    found = run_ranks(train, 2, folder, {"data_parallel": 2}, "bfloat16", str(tmp_path), "")[0]
+    assert found["loss"] == pytest.approx(whole["loss"][SAVED_AT:], rel=0.01)
+    assert found["learning_rate"] == whole["learning_rate"][SAVED_AT:]
+
+
+def damaged(folder, path, message):
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(train, 1, folder, {}, "float32", str(path), "")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(folder, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "short")
+    largest = max((tmp_path / "short").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    damaged(folder, tmp_path / "short", f"CheckpointError: .*{largest.name} is truncated")
