@@ -4,7 +4,8 @@ A logits processor of vLLM's V1 model runner that changes nothing. It declares i
 logits that it samples from, temperature applied: b = softmax(logits). For each request that carries a key it records, per
 step, the K largest b and m independent draws from b restricted to the ids outside those K (all ids where K = 0), with
 their log b over the whole vocabulary. Rows are stored by position len(output), so a request that is preempted and
-re-prefilled under other weights overwrites exactly the rows of the tokens that it samples anew.
+re-prefilled under other weights overwrites exactly the rows of the tokens that it samples anew. The draws of a row follow
+from its request's seed and its position alone, whatever runs beside it.
 
 Dimension key: n rows of this step, V vocabulary, K head, m draws, C = K + m.
 """
@@ -24,6 +25,7 @@ _ABSENT = -1  # in ids: no step has written this row
 @dataclass(frozen=True, slots=True)
 class _Request:
     key: str
+    seed: int
     output: list[int]  # vLLM's own growing list
 
 
@@ -38,7 +40,6 @@ class DrawRecorder(LogitsProcessor):
         counts = vllm_config.additional_config[KEY]
         self._head, self._draws = counts["head"], counts["draws"]
         self._device = device
-        self._generator = torch.Generator(device).manual_seed(vllm_config.model_config.seed)
         self._most_rows = 4 * vllm_config.scheduler_config.max_num_seqs
         self._requests: dict[int, _Request] = {}  # by row of the batch
         self._rows: dict[str, int] = {}  # key -> row of the store, oldest first
@@ -59,7 +60,8 @@ class DrawRecorder(LogitsProcessor):
         for index, params, _, output in batch_update.added:
             self._requests.pop(index, None)
             if params.extra_args and (key := params.extra_args.get(KEY)):
-                self._requests[index] = _Request(key, output)
+                assert params.seed is not None, "a request with a key has a seed"
+                self._requests[index] = _Request(key, params.seed, output)
                 self._claim(key)
         for source, target, how in batch_update.moved:
             moved, replaced = self._requests.pop(source, None), self._requests.pop(target, None)
@@ -71,14 +73,17 @@ class DrawRecorder(LogitsProcessor):
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Records one step and returns `logits` [n, V] untouched."""
         live = [
-            (index, self._rows[request.key], len(request.output)) for index, request in self._requests.items() if request.key in self._rows
+            (index, self._rows[request.key], len(request.output), request.seed)
+            for index, request in self._requests.items()
+            if request.key in self._rows
         ]
         if not live:
             return logits
-        indices, rows, positions = torch.tensor(live).T
+        indices, rows, positions, seeds = torch.tensor(live).T
         self._reserve(int(positions.max()) + 1)
         logp_nV = logits[indices.to(self._device)].log_softmax(-1, dtype=torch.float32)
-        ids_nC, logp_nC = head_and_draws(logp_nV, self._head, self._draws, self._generator)
+        uniform_nm = uniform(seeds.tolist(), positions.tolist(), self._draws).to(self._device)
+        ids_nC, logp_nC = head_and_draws(logp_nV, self._head, uniform_nm)
         where = (rows.to(self._device), positions.to(self._device))
         self._ids[where] = ids_nC.to(torch.int32)
         self._logp[where] = logp_nC
@@ -123,18 +128,29 @@ class DrawRecorder(LogitsProcessor):
         self._free += range(old_rows, rows)
 
 
-def head_and_draws(logp_nV: torch.Tensor, head: int, draws: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `head` largest entries per row by falling value, then `draws` independent draws from the rest; ids and log-probs [n, C].
+def uniform(seeds: list[int], positions: list[int], draws: int) -> torch.Tensor:
+    """Numbers in [0, 1) [n, m] that follow from seed and position of each row alone: Philox with the one as key, the other as counter."""
+    rows = [
+        np.random.Generator(np.random.Philox(key=seed, counter=position << 64)).random(draws, np.float32)
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def head_and_draws(logp_nV: torch.Tensor, head: int, uniform_nm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `head` largest entries per row by falling value, then one draw from the rest for each number in [0, 1); ids and log-probs [n, C].
 
     Where the head holds nearly all mass the draws still follow the shape of the tail: its probabilities are taken relative
     to the tail's largest one, so they do not underflow together.
     """
     head_logp_nK, head_ids_nK = logp_nV.topk(head)
-    if draws == 0:
+    if uniform_nm.shape[1] == 0:
         return head_ids_nK, head_logp_nK
     tail_nV = logp_nV.scatter(-1, head_ids_nK, float("-inf"))
-    weights_nV = (tail_nV - tail_nV.amax(-1, keepdim=True)).exp_()
-    draw_ids_nm = torch.multinomial(weights_nV, draws, replacement=True, generator=generator)
+    sums_nV = (tail_nV - tail_nV.amax(-1, keepdim=True)).exp_().cumsum_(-1)
+    total_n1 = sums_nV[:, -1:]
+    marks_nm = torch.minimum(uniform_nm * total_n1, total_n1.nextafter(torch.zeros_like(total_n1)))  # rounding must not reach the total
+    draw_ids_nm = torch.searchsorted(sums_nV, marks_nm, right=True)  # the first sum above the mark: never an id without mass
     ids_nC = torch.cat([head_ids_nK, draw_ids_nm], dim=-1)
     return ids_nC, torch.cat([head_logp_nK, logp_nV.gather(-1, draw_ids_nm)], dim=-1)
 

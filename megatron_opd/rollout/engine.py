@@ -41,7 +41,7 @@ class EngineSettings:
     needs: Needs
     max_model_len: int  # tokens, prompt and response together
     device: str = "cpu"  # "cpu" | "cuda"
-    seed: int = 0  # differs between replicas
+    seed: int = 0  # with it, a prompt's index says what is drawn for it, whichever replica does it and whatever runs beside it
     version: int = 0  # optimizer steps behind the weights in `path`
     timeout_s: float = 120.0  # of any single answer from engine or transport
 
@@ -179,7 +179,7 @@ class VLLMRollout:
 
     async def _generate(self, prompt: Prompt) -> Rollout:
         key = f"{prompt.index}-{next(self._numbers)}"
-        params = sampling_params(self._settings, key)
+        params = sampling_params(self._settings, key, prompt.index)
         try:
             outputs = [o async for o in self._engine.generate(TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()), params, key)]
         except Exception as failure:  # vLLM wraps whatever happened in the engine into its own unrelated types
@@ -225,10 +225,12 @@ class VLLMRollout:
             raise error(f"{self._name} could not {what}: {failure}") from failure
 
 
-def sampling_params(settings: EngineSettings, key: str) -> SamplingParams:
-    """How one request is sampled; `key` names what is recorded beside it."""
+def sampling_params(settings: EngineSettings, key: str, index: int) -> SamplingParams:
+    """How the request of prompt `index` is sampled; `key` names what is recorded beside it."""
     rollout, needs = settings.rollout, settings.needs
+    (seed,) = np.random.SeedSequence((settings.seed, index)).generate_state(1)
     return SamplingParams(
+        seed=int(seed),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         max_tokens=rollout.max_response_tokens,

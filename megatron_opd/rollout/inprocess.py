@@ -43,7 +43,7 @@ class InProcessRollout:
         asked = {f"{self.version}-{prompt.index}": prompt for prompt in prompts}
         for key, prompt in asked.items():
             tokens = TokensPrompt(prompt_token_ids=prompt.token_ids.tolist())
-            self._engine.add_request(key, tokens, sampling_params(self._settings, key))
+            self._engine.add_request(key, tokens, sampling_params(self._settings, key, prompt.index))
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if not output.finished:

@@ -8,7 +8,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from megatron_opd.rollout.draws import KEY, DrawRecorder, decode, head_and_draws
+from megatron_opd.rollout.draws import KEY, DrawRecorder, decode, head_and_draws, uniform
 
 V = 37
 
@@ -16,14 +16,13 @@ V = 37
 def recorder(head, draws, max_num_seqs=2):
     config = SimpleNamespace(
         additional_config={KEY: {"head": head, "draws": draws}},
-        model_config=SimpleNamespace(seed=0),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
     )
     return DrawRecorder(config, torch.device("cpu"), False)
 
 
 def batch(added=(), removed=(), moved=()):
-    requests = [(index, SamplingParams(extra_args={KEY: key} if key else None), None, output) for index, key, output in added]
+    requests = [(index, SamplingParams(seed=7, extra_args={KEY: key} if key else None), None, output) for index, key, output in added]
     return BatchUpdate(batch_size=0, removed=list(removed), added=requests, moved=list(moved))
 
 
@@ -34,7 +33,7 @@ def logits(seed, rows):
 @pytest.mark.parametrize("head", [0, 1, 8])
 def test_draws_follow_the_tail_and_never_the_head(head):
     logp = logits(0, 3).log_softmax(-1)
-    ids, values = head_and_draws(logp, head, 200_000, torch.Generator().manual_seed(1))
+    ids, values = head_and_draws(logp, head, uniform([1, 2, 3], [0, 0, 5], 200_000))
     assert torch.equal(ids[:, :head], logp.topk(head)[1])
     assert torch.equal(values, logp.gather(-1, ids)), "log b over the whole vocabulary"
     for row in range(3):
@@ -45,7 +44,7 @@ def test_draws_follow_the_tail_and_never_the_head(head):
 
 def test_importance_weights_restore_a_sum_over_the_tail():
     logp = logits(0, 1).log_softmax(-1)
-    ids, values = head_and_draws(logp, 4, 100_000, torch.Generator().manual_seed(1))
+    ids, values = head_and_draws(logp, 4, uniform([1], [0], 100_000))
     f = torch.randn(V, generator=torch.Generator().manual_seed(2))
     tail_mass = 1 - values[:, :4].exp().sum()
     tail = logp[0].exp().index_fill(0, ids[0, :4], 0)
@@ -56,9 +55,23 @@ def test_a_head_that_holds_all_mass_leaves_draws_outside_it():
     row = torch.full((1, V), -300.0)
     row[0, 5] = 0.0
     row[0, 9] = -290.0
-    ids, values = head_and_draws(row.log_softmax(-1), 1, 64, torch.Generator().manual_seed(0))
+    ids, values = head_and_draws(row.log_softmax(-1), 1, uniform([0], [0], 64))
     assert ids[0, 0] == 5 and (ids[0, 1:] != 5).all()
     assert torch.isfinite(values).all() and (ids[0, 1:] == 9).float().mean() > 0.9
+
+
+def test_draws_follow_from_seed_and_position_alone():
+    both = uniform([3, 4, 3], [9, 9, 10], 1000)
+    assert torch.equal(uniform([4], [9], 1000)[0], both[1]), "whatever runs beside it"
+    assert ((both >= 0) & (both < 1)).all()
+    correlations = torch.corrcoef(both) - torch.eye(3)
+    assert correlations.abs().max() < 0.1, "other seeds and positions draw something else"
+
+
+def test_a_number_next_to_one_draws_an_id_with_mass():
+    row = torch.tensor([[0.3, 0.0, -2.0, float("-inf"), float("-inf")]]).log_softmax(-1)
+    ids, values = head_and_draws(row, 1, torch.tensor([[0.0, 1 - 2**-24, 0.5]]))
+    assert ids[0].tolist() == [0, 1, 2, 1] and torch.isfinite(values).all()
 
 
 def test_rows_follow_requests_through_moves_and_swaps():
