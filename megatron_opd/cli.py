@@ -15,9 +15,11 @@ from rich.table import Table
 from megatron_opd import config as configs
 from megatron_opd import placement
 from megatron_opd.errors import ConfigError, OPDError
-from megatron_opd.launch import LAUNCHER, Children, prepare, report_death
+from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, prepare
 from megatron_opd.placement import Process, Resources, place
 from megatron_opd.progress import Progress, console
+from megatron_opd.recovery import rewind
+from megatron_opd.runtime.report import report_death
 
 _ROLES = ("controller", "learner", "rollout", "teacher", "evaluate")
 
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run all roles on this machine, then evaluate")
     train.add_argument("config", type=Path)
     train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--resume", action="store_true", help="go on with the run in run.dir where it stopped, or start it if there is none")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and the roles, start nothing")
     train.set_defaults(run=_train)
 
@@ -135,20 +138,23 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         console().print(configs.to_yaml(config), _roles(processes), highlight=False)
         return
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to SIGINT
-        signal.signal(number, signal.default_int_handler)
-    folder = prepare(config, processes)
+    stop = StopRequest()
+    folder, version = prepare(config, processes, resume=arguments.resume)
+    begins = f"going on behind step {version}" if arguments.resume else "starting"
     loop = [process for process in processes if process.role != "evaluate"]
-    console().print(f"starting {len(loop)} processes, logs in {folder / 'logs'}", highlight=False)
-    with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config) as children:
+    _tell(f"{begins} with {len(loop)} processes, logs in {folder / 'logs'}")
+    with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config, _tell) as children:
         for process in loop:
             children.start(process)
-        children.watch("controller", progress.update)
+        children.watch("controller", progress.update, stop)
+    if not (folder / "summary.json").exists():
+        _tell(f"stopped before step {config.loop.steps}, as asked; go on with: megatron-opd train {arguments.config} --resume")
+        sys.exit(STOPPED)
     for evaluation in (process for process in processes if process.role == "evaluate"):
         console().print(f"evaluating on {config.eval.prompts}", highlight=False)
         with console().status("evaluating on held-out prompts"), Children(folder, config) as children:
             children.start(evaluation)
-            children.watch("evaluate", lambda: None, timeout_s=config.eval.timeout_s)
+            children.watch("evaluate", lambda: None, stop, timeout_s=config.eval.timeout_s)
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
@@ -179,7 +185,7 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
         console().print(configs.to_yaml(config), _roles(processes), script, highlight=False, markup=False, soft_wrap=True)
         return
     slurm.require_sbatch()
-    folder = prepare(config, processes)
+    folder, _ = prepare(config, processes)
     file = folder / "job.sbatch"
     file.write_text(script)
     job = slurm.submit(file)
@@ -196,6 +202,7 @@ def _step(arguments: argparse.Namespace) -> None:
     folder, last = Path(config.run.dir), "evaluate" if config.eval.prompts else "controller"
     try:
         if arguments.role == "controller":
+            rewind(config, folder)  # a job that was requeued goes on behind its last checkpoint
             with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress:
                 run_step(config, arguments.role, progress.update)
         else:
@@ -213,6 +220,10 @@ def _this_machine(config: configs.Config) -> Resources:
     from torch.cuda import device_count
 
     return Resources(nodes=1, gpus_per_node=device_count())
+
+
+def _tell(line: str) -> None:
+    console().print(line, highlight=False, soft_wrap=True)
 
 
 def _roles(processes: tuple[Process, ...]) -> Table:

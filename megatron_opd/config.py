@@ -235,12 +235,43 @@ class LoopConfig:
     batch: int = 64  # prompts per optimizer step
     max_lag: int = 1  # hard bound in optimizer steps; 0 is strictly synchronous
     exact_lag: bool = False  # True: train every batch exactly max_lag steps after it was generated, save the first max_lag ones
+    store_bytes: int = 8 << 30  # trajectories that wait; past that only prompts of the next step are started
     export_every: int = 0  # writes the student as a Hugging Face folder hf-STEP every so many steps; 0: at the end only
 
     def __post_init__(self) -> None:
-        _positive("loop", self, "steps", "batch")
+        _positive("loop", self, "steps", "batch", "store_bytes")
         _require(self.max_lag >= 0, f"loop.max_lag={self.max_lag} must be 0 or more")
         _require(self.export_every >= 0, f"loop.export_every={self.export_every} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What `train --resume` goes on from: checkpoints in the run directory, and a journal of what was paid for since the last one."""
+
+    every_steps: int = 50  # 0: only when the run is asked to stop
+    keep: int = 2  # the last so many
+    keep_every: int = 0  # and those whose step is a multiple of this, for ever; 0: no others
+    journal: Literal["off", "process", "step", "record"] = "step"  # survives a dead process; machine, by step; machine, each record
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "keep")
+        for name in ("every_steps", "keep_every"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisionConfig:
+    """What is survived while a run is on. A dead learner or controller is not: `train --resume` goes on from what they left."""
+
+    restarts: int = 3  # of each rollout and teacher replica; 0: the first death ends the run, as it does with loop.exact_lag
+    backoff_s: float = 1.0  # before a replica's first restart, doubled before each further one
+    silent_s: float = 30.0  # a process that is stopped or unreachable for so long counts as dead
+    disk_wait_s: float = 3600.0  # how long a run waits for room on a full disk
+
+    def __post_init__(self) -> None:
+        _positive("supervision", self, "silent_s")
+        for name in ("restarts", "backoff_s", "disk_wait_s"):
+            _require(getattr(self, name) >= 0, f"supervision.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,11 +281,15 @@ class GuardConfig:
     window: int = 5  # steps
     length_growth: float = 4.0  # mean response length over that of the first window
     support_mass: float = 0.02  # least mass of the student on the ids that are cached, where the estimator reports "support_mass"
+    skipped_steps: int = 3  # in a row, for a loss or gradient that is not finite
+    set_aside: int = 100  # prompts in the whole run whose rollout or scores cannot be trained on; see quarantine.jsonl
 
     def __post_init__(self) -> None:
         _positive("guard", self, "window")
         _require(self.length_growth == 0 or self.length_growth > 1, f"guard.length_growth={self.length_growth} must be 0 or more than 1")
         _require(0 <= self.support_mass < 1, f"guard.support_mass={self.support_mass} must lie in [0, 1)")
+        for name in ("skipped_steps", "set_aside"):
+            _require(getattr(self, name) >= 0, f"guard.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,11 +380,18 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+
+    @property
+    def restarts(self) -> int:
+        """How often a rollout or teacher replica is replaced; a new one could not sample from the older weights of an exact lag."""
+        return 0 if self.loop.exact_lag else self.supervision.restarts
 
     def __post_init__(self) -> None:
         _require(
@@ -415,6 +457,18 @@ def resolve(*layers: DictConfig) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole resolved config, loadable by `load`."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+_FIXED = (
+    "student.path", "data", "estimator", "run.seed", "teacher.backend", "teacher.path", "teacher.dtype", "learner.moments", "loop.batch",
+    "loop.max_lag", "loop.exact_lag", "rollout.temperature", "rollout.top_p", "rollout.max_response_tokens", "rollout.dtype",
+)  # fmt: skip
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """The settings that a run keeps from its first step to its last; all others may change when it is resumed."""
+    settings = OmegaConf.structured(config)
+    return {name: OmegaConf.to_container(OmegaConf.create({"it": OmegaConf.select(settings, name)}))["it"] for name in _FIXED}
 
 
 def _check_keys(given: DictConfig, schema: type, prefix: str) -> None:

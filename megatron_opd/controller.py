@@ -2,7 +2,8 @@
 
 Three kinds of tasks share the store: `_admit` starts a journey whenever a slot is free, each journey takes one prompt
 through rollout and teacher, and `_train` consumes whole batches in order of start and publishes the new weights, which
-frees slots. Nobody else waits for anybody.
+frees slots. Nobody else waits for anybody. `_recruit` alone comes between a step and the next one: it gives the weights to
+rollouts that took the place of lost ones.
 """
 
 import asyncio
@@ -12,26 +13,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_opd.config import Config
+from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.data.prompts import PromptSource
 from megatron_opd.errors import GuardError
+from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
-from megatron_opd.runtime.rpc import Peer, least_busy
+from megatron_opd.recovery import Recovery
+from megatron_opd.runtime.rpc import Hub, Peer
 from megatron_opd.store.fifo import TrajectoryStore
 from megatron_opd.types import (
     Export,
+    FinishCheckpoint,
     Generate,
-    HostTransport,
-    JoinTransport,
+    LoadCheckpoint,
     Prompt,
-    ReceiveWeights,
     Rollout,
+    RunState,
     RunSummary,
+    SaveCheckpoint,
     Score,
     Segment,
-    SendWeights,
     StepReport,
     Stop,
+    TeacherScores,
     Train,
     Trajectory,
 )
@@ -41,19 +46,15 @@ from megatron_opd.types import (
 class Roles:
     """Everyone the controller talks to."""
 
+    hub: Hub
     learner: Peer
-    rollouts: Sequence[Peer] = ()  # none: the prompts' own completions are trained on
-    teachers: Sequence[Peer] = ()  # none: the estimator needs no teacher
-
-    @property
-    def everyone(self) -> tuple[Peer, ...]:
-        """All peers, each once."""
-        return (self.learner, *self.rollouts, *self.teachers)
+    rollouts: Samplers | None = None  # None: the prompts' own completions are trained on
+    teachers: Fleet | None = None  # None: the estimator needs no teacher
 
 
 @dataclass(slots=True)
 class Totals:
-    """What a run has seen so far."""
+    """What a run has seen so far, earlier processes of it included."""
 
     tokens: int = 0  # response tokens trained on
     lags: Counter[int] = field(default_factory=Counter)
@@ -61,142 +62,239 @@ class Totals:
 
 
 class Controller:
-    """One run of the loop."""
+    """One run of the loop, from where `recovery` says that it stood."""
 
-    def __init__(self, config: Config, prompts: PromptSource, roles: Roles, log: StepLog) -> None:
+    def __init__(self, config: Config, prompts: PromptSource, roles: Roles, log: StepLog, recovery: Recovery, limits: Limits) -> None:
         self._config = config
         self._prompts = prompts
         self._roles = roles
         self._log = log
+        self._recovery = recovery
+        self._limits = limits
         self._timeout_s = config.run.peer_timeout_s
-        self._guard = Guard(config.guard)
-        self._store = TrajectoryStore(batch=config.loop.batch, max_lag=config.loop.max_lag)
-        self.totals = Totals()
+        before = recovery.before
+        self._guard = Guard(config.guard, before.guard)
+        self._store = TrajectoryStore(
+            batch=config.loop.batch, max_lag=config.loop.max_lag, version=before.version, most_bytes=config.loop.store_bytes
+        )
+        self._version = before.version  # of the learner's weights
+        self._weights = asyncio.Lock()  # held from a step to the end of its publication, and while a newcomer is given weights
+        self._journeys: set[asyncio.Task] = set()
+        self._unfinished: RunState | None = None  # of a checkpoint that the learner is writing
+        self._saved = before.version  # of the last checkpoint, unfinished or not
+        self._started = time.monotonic()
+        self.totals = Totals(tokens=before.tokens, lags=Counter(before.lag_histogram), seconds=Counter(before.seconds_by_stage))
 
-    async def run(self, export_path: str) -> RunSummary:
-        """Trains for `loop.steps` optimizer steps, writes the student to `export_path`.
+    async def run(self, export_path: str, stop: asyncio.Event) -> RunSummary | None:
+        """Trains up to step `loop.steps` and writes the student to `export_path`; None if `stop` made it end before.
+
+        It ends behind the step that is under way, with a checkpoint.
 
         Raises:
-            ExceptionGroup: of PeerError and the like, the first failure of any role; of GuardError, if the run goes wrong.
+            ExceptionGroup: of PeerError and the like, the first failure that is not survived; of GuardError, if the run goes wrong.
         """
-        await self._open_transport()
-        started = time.monotonic()
-        for peer in self._roles.everyone:
+        if self._recovery.learner_folder is not None:
+            await self._roles.learner.call(LoadCheckpoint(path=str(self._recovery.learner_folder), version=self._version), self._timeout_s)
+        await self._publish(self._version)
+        self._started = time.monotonic()
+        for peer in self._roles.hub.everyone():
             peer.busy_s = 0.0
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._admit(tasks))
-            await self._train(export_path)
-        summary = self._summary(time.monotonic() - started, export_path)
+            others = [tasks.create_task(self._admit(tasks)), tasks.create_task(self._recruit())]
+            await self._train(export_path, stop)
+            await self._finish_checkpoint()
+            for task in [*others, *self._journeys]:
+                task.cancel()
+        if self._version < self._config.loop.steps:
+            return None
+        summary = self._summary(export_path)
         await self._roles.learner.call(Export(path=export_path), self._timeout_s)
         return summary
 
     async def stop(self) -> None:
         """Ends all roles in order."""
-        for peer in self._roles.everyone:
+        for peer in self._roles.hub.everyone():
             await peer.call(Stop(), self._timeout_s)
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
-        for _ in range(self._config.loop.steps * self._config.loop.batch):
+        for _ in range(self._recovery.before.prompts, self._config.loop.steps * self._config.loop.batch):
             index = await self._store.admit()
-            tasks.create_task(self._journey(self._prompts.prompt(index)))
+            journey = tasks.create_task(self._journey(self._prompts.prompt(index)))
+            self._journeys.add(journey)
+            journey.add_done_callback(self._journeys.discard)
 
     async def _journey(self, prompt: Prompt) -> None:
-        rollout = await self._generate(prompt)
-        teacher = None
-        if self._roles.teachers:
-            teacher = await least_busy(self._roles.teachers).call(Score(rollouts=(rollout,)), self._timeout_s)
-        await self._store.put(Trajectory(rollout=rollout, teacher=teacher))
+        trajectory = await self._trajectory(prompt)
+        if trajectory is None:
+            await self._store.skip(prompt.index)
+        else:
+            await self._store.put(trajectory)
+
+    async def _trajectory(self, prompt: Prompt) -> Trajectory | None:
+        """What rollout and teacher make of a prompt; None if it cannot be trained on. What was paid for before is not paid again."""
+        paid = self._recovery.paid
+        if prompt.index in paid.set_aside:
+            return None
+        rollout = paid.rollouts.pop(prompt.index, None) or await self._generate(prompt)
+        if await self._unfit(rollout, rollout):
+            return None
+        if self._roles.teachers is None:
+            return Trajectory(rollout=rollout, teacher=None)
+        scores = paid.scores.pop(prompt.index, None) or await self._score(self._roles.teachers, rollout)
+        return None if await self._unfit(rollout, scores) else Trajectory(rollout=rollout, teacher=scores)
 
     async def _generate(self, prompt: Prompt) -> Rollout:
-        if self._roles.rollouts:
-            return await least_busy(self._roles.rollouts).call(Generate(prompt=prompt), self._config.rollout.timeout_s)
+        if self._roles.rollouts is not None:
+            rollout = await self._roles.rollouts.ask(Generate(prompt=prompt), self._config.rollout.timeout_s)
+            await self._recovery.keep(rollout)
+            return rollout
         assert prompt.completion_ids is not None, "prompts were loaded with completions, since no rollout role was placed"
         start = Segment(first_token=0, version=prompt.index // self._config.loop.batch)
         return Rollout(
             index=prompt.index, prompt_ids=prompt.token_ids, response_ids=prompt.completion_ids, segments=(start,), finish_reason="stop"
         )
 
-    async def _train(self, export_path: str) -> None:
-        for version in range(1, self._config.loop.steps + 1):
+    async def _score(self, teachers: Fleet, rollout: Rollout) -> TeacherScores:
+        scores = await teachers.ask(Score(rollouts=(rollout,)), self._timeout_s)
+        await self._recovery.keep(scores)
+        return scores
+
+    async def _unfit(self, rollout: Rollout, made: Rollout | TeacherScores) -> bool:
+        """Whether the rollout had to be set aside for what was made."""
+        fault = fault_of(made, self._limits) if self._roles.rollouts is not None else None
+        if fault is not None:
+            await self._recovery.set_aside(rollout, fault)
+        return fault is not None
+
+    async def _train(self, export_path: str, asked: asyncio.Event) -> None:
+        for version in range(self._version + 1, self._config.loop.steps + 1):
             started = time.monotonic()
-            batch = await self._store.take()
+            batch = await self._next_batch(version, asked)
+            if batch is None:
+                return await self._begin_checkpoint()
             waited = time.monotonic()
-            report: StepReport = await self._roles.learner.call(Train(trajectories=batch), self._timeout_s)
-            trained = time.monotonic()
-            if self._config.loop.exact_lag:
-                end = self._config.loop.batch * min(version + self._config.loop.max_lag, self._config.loop.steps)
-                await self._store.finished(end)
-            settled = time.monotonic()
-            parts = await self._publish(version)
+            async with self._weights:
+                report: StepReport = await self._roles.learner.call(Train(trajectories=batch), self._timeout_s)
+                self._version = version
+                trained = time.monotonic()
+                if self._config.loop.exact_lag:
+                    end = self._config.loop.batch * min(version + self._config.loop.max_lag, self._config.loop.steps)
+                    await self._store.finished(end)
+                settled = time.monotonic()
+                parts = await self._publish(version)
             await self._store.release(version)
             wait_s = waited - started + settled - trained
-            self._account(report, {"wait": wait_s, "train": trained - waited, "publish": time.monotonic() - settled}, parts, batch)
+            seconds = {"wait": wait_s, "train": trained - waited, "publish": time.monotonic() - settled}
+            await self._account(report, seconds, parts, batch)
             await self._export_and_guard(report, batch, export_path)
+            await self._finish_checkpoint()
+            if self._recovery.due(version):
+                await self._begin_checkpoint()
+
+    async def _next_batch(self, version: int, asked: asyncio.Event) -> tuple[Trajectory, ...] | None:
+        """The batch that makes `version`, settled in the journal; None if the run is asked to stop before it is complete."""
+        take, stop = asyncio.create_task(self._store.take()), asyncio.create_task(asked.wait())
+        try:
+            await asyncio.wait({take, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                return None
+            batch = take.result()
+        finally:
+            take.cancel()
+            stop.cancel()
+        if not batch:
+            raise GuardError(f"all prompts of step {version} were set aside; see quarantine.jsonl in {self._config.run.dir}")
+        await self._recovery.settle(version)
+        return batch
+
+    async def _begin_checkpoint(self) -> None:
+        """Lets the learner write while the next step goes on; `_finish_checkpoint` makes it one unit with where the loop stands now."""
+        if self._version in (self._saved, 0):
+            return
+        folder = await self._recovery.begin(self._version)
+        await self._roles.learner.call(SaveCheckpoint(path=str(folder)), self._timeout_s)
+        self._log.sync()
+        self._unfinished, self._saved = self._state(), self._version
+
+    async def _finish_checkpoint(self) -> None:
+        if self._unfinished is not None:
+            await self._roles.learner.call(FinishCheckpoint(), self._timeout_s)
+            await self._recovery.commit(self._unfinished)
+            self._unfinished = None
 
     async def _export_and_guard(self, report: StepReport, batch: Sequence[Trajectory], export_path: str) -> None:
         """Writes the student where it is due, and where the guard stops the run: what went wrong can be looked at."""
         every, path = self._config.loop.export_every, f"{export_path}-{report.version}"
         if every and report.version % every == 0:
             await self._roles.learner.call(Export(path=path), self._timeout_s)
-        if not self._roles.rollouts:
-            return
+        sampled = self._roles.rollouts is not None
         try:
-            self._guard.watch(report, sum(len(trajectory.rollout.response_ids) for trajectory in batch) / len(batch))
+            self._guard.watch(report, sum(len(trajectory.rollout.response_ids) for trajectory in batch) / len(batch) if sampled else None)
         except GuardError:
             await self._roles.learner.call(Export(path=path), self._timeout_s)
             raise
 
-    async def _open_transport(self) -> None:
-        """Joins learner and rollouts into one weight group and sends version 0: what is sampled is what is trained."""
-        if not self._roles.rollouts:
-            return
-        width = self._config.rollout.tensor_parallel
-        receivers = width * len(self._roles.rollouts)
-        address = await self._roles.learner.call(HostTransport(receivers=receivers), self._timeout_s)
-        joins = [
-            JoinTransport(address=address, first_rank=1 + i * width, world_size=1 + receivers) for i in range(len(self._roles.rollouts))
-        ]
-        async with asyncio.TaskGroup() as tasks:
-            for peer, join in zip(self._roles.rollouts, joins, strict=True):
-                tasks.create_task(peer.call(join, self._timeout_s))
-        await self._publish(0)
-
     async def _publish(self, version: int) -> dict[str, float]:
-        """Streams the learner's weights into every rollout replica; returns the slowest replica's seconds by part."""
-        if not self._roles.rollouts:
-            return {}
-        limit_s = 2 * self._timeout_s  # the two ends time out by themselves first, and know better whom they miss
-        async with asyncio.TaskGroup() as tasks:
-            send = tasks.create_task(self._roles.learner.call(SendWeights(version=version), limit_s))
-            receive = [tasks.create_task(peer.call(ReceiveWeights(version=version), limit_s)) for peer in self._roles.rollouts]
-        slowest = max((task.result() for task in receive), key=lambda done: sum(done.seconds.values()))
-        return {f"send.{k}": v for k, v in send.result().seconds.items()} | {f"receive.{k}": v for k, v in slowest.seconds.items()}
+        """Streams the learner's weights into every rollout replica: what is sampled is what is trained, version 0 included."""
+        return await self._roles.rollouts.publish(version) if self._roles.rollouts is not None else {}
 
-    def _summary(self, wall_s: float, export_path: str) -> RunSummary:
+    async def _recruit(self) -> None:
+        """Gives the current weights to rollouts that took the place of lost ones, for ever."""
+        while self._roles.rollouts is not None:
+            await self._roles.rollouts.newcomer()
+            async with self._weights:
+                if self._roles.rollouts.has_newcomers():  # the step that held the lock may have published to them
+                    await self._publish(self._version)
+
+    def _state(self) -> RunState:
+        return RunState(
+            version=self._version,
+            prompts=self._version * self._config.loop.batch,
+            metrics_bytes=self._log.size,
+            settings=self._recovery.digest,
+            tokens=self.totals.tokens,
+            wall_seconds=self._recovery.before.wall_seconds + time.monotonic() - self._started,
+            lag_histogram=dict(sorted(self.totals.lags.items())),
+            seconds_by_stage=dict(self.totals.seconds),
+            busy_seconds=self._busy_seconds(),
+            guard=self._guard.state,
+        )
+
+    def _busy_seconds(self) -> dict[str, float]:
         busy = Counter({"rollout": 0.0, "teacher": 0.0, "learner": 0.0})
-        for peer in self._roles.everyone:
+        busy.update(self._recovery.before.busy_seconds)
+        for peer in self._roles.hub.ever():
             busy[peer.hello.role] += peer.busy_s
+        return dict(busy)
+
+    def _summary(self, export_path: str) -> RunSummary:
+        state = self._state()
+        busy, wall_s = state.busy_seconds, state.wall_seconds
         return RunSummary(
             steps=self._config.loop.steps,
             max_lag=self._config.loop.max_lag,
-            observed_lag_max=max(self.totals.lags, default=0),
-            lag_histogram=dict(sorted(self.totals.lags.items())),
-            tokens=self.totals.tokens,
+            observed_lag_max=max(state.lag_histogram, default=0),
+            lag_histogram=state.lag_histogram,
+            tokens=state.tokens,
             wall_seconds=wall_s,
-            tokens_per_second=self.totals.tokens / wall_s,
-            tokens_per_second_by_stage={role: self.totals.tokens / busy_s for role, busy_s in busy.items() if busy_s > 0},
-            seconds_by_stage=dict(self.totals.seconds),
-            busy_seconds=dict(busy),
+            tokens_per_second=state.tokens / wall_s,
+            tokens_per_second_by_stage={role: state.tokens / busy_s for role, busy_s in busy.items() if busy_s > 0},
+            seconds_by_stage=state.seconds_by_stage,
+            busy_seconds=busy,
             overlap=sum(busy.values()) / wall_s,
             hf_export=export_path,
         )
 
-    def _account(self, report: StepReport, seconds: dict[str, float], parts: dict[str, float], batch: Sequence[Trajectory]) -> None:
+    async def _account(self, report: StepReport, seconds: dict[str, float], parts: dict[str, float], batch: Sequence[Trajectory]) -> None:
         self.totals.tokens += report.tokens
         self.totals.lags.update(report.lags)
         self.totals.seconds.update(seconds)
         self.totals.seconds.update({f"train.{k}": v for k, v in report.seconds.items()} | {f"publish.{k}": v for k, v in parts.items()})
         assert max(report.lags, default=0) <= self._config.loop.max_lag, f"lag {max(report.lags)} exceeds loop.max_lag: the store is broken"
         lengths = [len(trajectory.rollout.response_ids) for trajectory in batch]
-        stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch)
-        self._log.write(report, seconds, mean_length=sum(lengths) / len(lengths), stopped=stopped / len(batch))
+        stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch) / len(batch)
+        prompts = range((report.version - 1) * self._config.loop.batch, report.version * self._config.loop.batch)
+        mean = sum(lengths) / len(lengths)
+        await self._recovery.when_there_is_room(
+            lambda: self._log.write(report, seconds, prompts=prompts, mean_length=mean, stopped=stopped)
+        )

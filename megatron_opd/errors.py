@@ -25,6 +25,10 @@ class PeerError(OPDError):
     """A peer failed, vanished or stayed silent past its timeout; the message names it."""
 
 
+class SetbackError(PeerError):
+    """A peer could not do what it was asked, says why, and goes on."""
+
+
 class HungUpError(PeerError):
     """The controller closed the connection: something else went wrong before."""
 

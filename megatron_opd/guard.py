@@ -4,24 +4,40 @@ from collections import deque
 
 from megatron_opd.config import GuardConfig
 from megatron_opd.errors import GuardError
-from megatron_opd.types import StepReport
+from megatron_opd.types import GuardState, StepReport
 
 
 class Guard:
     """Watches means over a window of steps."""
 
-    def __init__(self, settings: GuardConfig) -> None:
+    def __init__(self, settings: GuardConfig, before: GuardState | None = None) -> None:
+        """`before` is what an earlier process of the same run remembered."""
+        before = before or GuardState()
         self._settings = settings
-        self._lengths: deque[float] = deque(maxlen=settings.window)
-        self._masses: deque[float] = deque(maxlen=settings.window)
-        self._first_length: float | None = None
+        self._lengths = deque(before.lengths, maxlen=settings.window)
+        self._masses = deque(before.masses, maxlen=settings.window)
+        self._first_length = before.first_length
+        self._skipped = 0
 
-    def watch(self, report: StepReport, mean_length: float) -> None:
-        """One step, with the mean response length in tokens.
+    @property
+    def state(self) -> GuardState:
+        """What it remembers. Skipped steps are not among it: a resumed run is given another chance."""
+        return GuardState(lengths=tuple(self._lengths), masses=tuple(self._masses), first_length=self._first_length)
+
+    def watch(self, report: StepReport, mean_length: float | None) -> None:
+        """One step, with the mean response length in tokens; None where the responses are given ones, and only skipped steps count.
 
         Raises:
-            GuardError: responses have grown too long, or the student has left the cached ids.
+            GuardError: responses have grown too long, the student has left the cached ids, or too many steps in a row were skipped.
         """
+        self._skipped = self._skipped + 1 if report.skipped else 0
+        if self._settings.skipped_steps and self._skipped >= self._settings.skipped_steps:
+            raise GuardError(
+                f"step {report.version}: {self._skipped} steps in a row had a loss or gradient that is not finite and were skipped "
+                f"(guard.skipped_steps={self._settings.skipped_steps}); lower learner.optimizer.lr or check the teacher"
+            )
+        if report.skipped or mean_length is None:
+            return
         self._lengths.append(mean_length)
         if "support_mass" in report.diagnostics:
             self._masses.append(report.diagnostics["support_mass"])

@@ -1,4 +1,4 @@
-"""Runs all roles of a job on this machine and watches them: the first to die ends the run, and nobody outlives it."""
+"""Runs all roles of a job on this machine and watches them: replicas that die are replaced, others end the run, nobody outlives it."""
 
 import json
 import math
@@ -8,21 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from types import FrameType, TracebackType
+from typing import IO, Any, Self
 
 from megatron_opd import placement
-from megatron_opd.config import Config, to_yaml
+from megatron_opd.config import Config, fixed, load, to_yaml
 from megatron_opd.errors import ConfigError, HungUpError, OPDError
 from megatron_opd.placement import Process
+from megatron_opd.recovery import rewind
 from megatron_opd.runtime.environment import environment
+from megatron_opd.runtime.report import REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
 
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
-REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # where a role writes the error it dies of; a pipe, so that a full disk hides nothing
+STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL
+_REPLACEABLE = ("rollout", "teacher")
 _DISTANCE = {RuntimeError.__name__: 2, HungUpError.__name__: 3}  # what a rank raises when a neighbour died, a role when the controller did
 _GRACE_S = 10.0  # for the others to end after the controller has
 _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
@@ -44,60 +48,104 @@ class Child:
     process: Process
     popen: subprocess.Popen
     log: Path
-    report: IO[bytes]  # read end of its error pipe
+    report: IO[bytes]  # read end of its pipe
+    replacement: bool  # started in the place of one that died
+    reports: list[dict[str, Any]] = field(default_factory=list)  # what came out of the pipe
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than it should."""
+        return self.popen.poll() not in (None, 0)
 
 
-def prepare(config: Config, processes: tuple[Process, ...]) -> Path:
-    """Makes the run directory with resolved config, placement and keys.
+class StopRequest:
+    """SIGTERM and SIGUSR1, from now on: the first asks for an orderly end with a checkpoint, the second ends at once, as SIGINT does."""
+
+    def __init__(self) -> None:
+        self.made = False
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+
+
+def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = False) -> tuple[Path, int]:
+    """Makes the run directory with resolved config, placement and keys; with `resume`, goes on in the one that an earlier process left.
+
+    Returns:
+        the directory, and the step behind which the run goes on.
 
     Raises:
-        ConfigError: it already holds a run, or cannot be written.
+        ConfigError: it already holds a run, or to resume, one with other settings; or it cannot be written.
     """
     folder = Path(config.run.dir)
-    _clear_failed_start(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"run.dir={folder} is not empty; name a new directory, or remove the old run")
+    version = 0
+    if resume and (folder / "config.yaml").exists():
+        _require_same(folder / "config.yaml", config)
+        version = rewind(config, folder)
+        _clear_for_resume(folder)
+    else:
+        _clear_failed_start(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"run.dir={folder} is not empty; name a new directory, remove the old run, or go on with it by --resume")
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         make_keys(folder / "keys")
-        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "config.yaml.partial").write_text(to_yaml(config))
+        (folder / "config.yaml.partial").rename(folder / "config.yaml")
         placement.save(processes, folder)
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error}") from error
-    return folder
+    return folder, version
 
 
 def _clear_failed_start(folder: Path) -> None:
     """Removes what a run left that ended before its first step; a directory with anything else in it stays as it is."""
-    made = {"config.yaml", "controller.json", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
+    made = {"config.yaml", "controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
     if "config.yaml" in found and found <= made and not (steps.exists() and steps.stat().st_size):
         shutil.rmtree(folder)
 
 
+def _clear_for_resume(folder: Path) -> None:
+    """Removes what belonged to the earlier process alone: its keys and addresses, and the summary of a run that is not over."""
+    for name in ("keys", "rendezvous"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("controller.json", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _require_same(file: Path, config: Config) -> None:
+    before, now = fixed(load(file)), fixed(config)
+    changed = [f"{name}={now[name]} (was {before[name]})" for name in now if now[name] != before[name]]
+    if changed:
+        raise ConfigError(f"{file.parent} cannot be resumed with {', '.join(changed)}; set back what changed, or name a new run.dir")
+
+
 class Children:
     """The processes of a run. Leaving the context ends all of them, whatever happened."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, tell: Callable[[str], None] = print) -> None:
+        """`tell` shows the user a line: who died and is replaced."""
         self._folder = folder
         self._config = config
+        self._tell = tell
         self._children: list[Child] = []
+        self._restarts: Counter[tuple[str, int]] = Counter()  # by role and replica
+        self._due: list[tuple[float, list[Process]]] = []  # when to start whom again
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._signal_groups(signal.SIGTERM)
-        deadline = time.monotonic() + _TERMINATE_S
-        while time.monotonic() < deadline and any(child.popen.poll() is None for child in self._children):
-            time.sleep(0.02)
-        self._signal_groups(signal.SIGKILL)
-        for child in self._children:
-            child.popen.wait()
-            child.report.close()
+        _close(self._children)
 
-    def start(self, process: Process) -> None:
+    def start(self, process: Process, *, replacement: bool = False) -> None:
         """Starts one role in a session of its own, its output in `logs/`."""
         command = [
             sys.executable,
@@ -132,21 +180,30 @@ class Children:
             )
         os.close(writing)
         os.set_blocking(reading, False)
-        self._children.append(Child(process=process, popen=popen, log=log, report=os.fdopen(reading, "rb")))
+        report = os.fdopen(reading, "rb")
+        self._children.append(Child(process=process, popen=popen, log=log, report=report, replacement=replacement))
 
-    def watch(self, leader: str, show: Callable[[], None], *, timeout_s: float = math.inf) -> None:
+    def watch(self, leader: str, show: Callable[[], None], stop: StopRequest | None = None, *, timeout_s: float = math.inf) -> None:
         """Returns when the leader has ended well and all others after it; meanwhile calls `show` many times a second.
 
+        A request to stop is handed on to a controller, once it can hear it; any other leader has nothing to finish, and is left at once.
+
         Raises:
-            RoleDied: any role failed or was killed, or the leader took longer than `timeout_s`.
+            RoleDied: a role failed or was killed that is not replaced, or the leader took longer than `timeout_s`.
         """
         limit = time.monotonic() + timeout_s
-        while any(child.popen.poll() is None for child in self._children if child.process.role == leader):
-            self._raise_if_any_failed()
+        asked = False
+        while self._is_on(leader):
+            self._supervise()
+            if stop is not None and stop.made and not asked:
+                asked = self._ask_to_stop(leader)
             if time.monotonic() > limit:
                 raise RoleDied(f"{leader} did not end within {timeout_s:g} s; see {self._folder / 'logs'}")
             show()
             time.sleep(0.05)
+        replacements = [child for child in self._children if child.replacement]  # some may still be starting: nobody will greet them
+        _close(replacements)
+        self._children = [child for child in self._children if child not in replacements]
         deadline = time.monotonic() + _GRACE_S
         while late := [child.process.name for child in self._children if child.popen.poll() is None]:
             self._raise_if_any_failed()
@@ -156,13 +213,67 @@ class Children:
         self._raise_if_any_failed()
         show()
 
-    def _raise_if_any_failed(self) -> None:
-        if all(child.popen.poll() in (None, 0) for child in self._children):
+    def _is_on(self, leader: str) -> bool:
+        """Whether it runs, or is to run again."""
+        on = any(child.process.role == leader and (child.popen.poll() is None or child.failed) for child in self._children)
+        return on or any(process.role == leader for _, processes in self._due for process in processes)
+
+    def _ask_to_stop(self, leader: str) -> bool:
+        """Whether the leader could be told: a controller that listens."""
+        if leader != "controller":
+            raise KeyboardInterrupt
+        if not (self._folder / "controller.json").exists():
+            return False
+        self._tell("asked to stop: the step that is under way is finished first; ask again to end at once")
+        for child in self._children:
+            if child.process.role == leader and child.popen.poll() is None:
+                child.popen.send_signal(signal.SIGUSR1)
+        return True
+
+    def _supervise(self) -> None:
+        """Replaces what can be replaced, as often as is allowed."""
+        for child in self._children:
+            for report in _listen(child):
+                if report["kind"] == REPLACE:
+                    self._end(report["pid"], report["message"])
+        while self._due and self._due[0][0] <= time.monotonic():
+            for process in self._due.pop(0)[1]:
+                self.start(process, replacement=True)
+        if not any(child.failed for child in self._children):
             return
         time.sleep(1.0)  # the cause and those it took with it die within moments: let all of them speak
-        failed = [child for child in self._children if child.popen.poll() not in (None, 0)]
-        distance, time_s, message = min(_cause(child) for child in failed)
-        raise RoleDied(message, distance=distance, time_s=time_s)
+        failed = [child for child in self._children if child.failed]
+        replicas = {(child.process.role, child.process.replica) for child in failed}
+        if any(role not in _REPLACEABLE or self._restarts[role, n] >= self._config.restarts for role, n in replicas):
+            self._raise_if_any_failed()
+        for role, replica in sorted(replicas):
+            self._replace(role, replica)
+
+    def _replace(self, role: str, replica: int) -> None:
+        """Ends what is left of a replica, and starts all of it again after a while."""
+        old = [child for child in self._children if (child.process.role, child.process.replica) == (role, replica)]
+        cause = min(_cause(child) for child in old if child.failed)[-1]
+        self._restarts[role, replica] += 1
+        number, most = self._restarts[role, replica], self._config.restarts
+        self._tell(f"{cause}; it is replaced ({number} of {most} times)")
+        _close(old)
+        self._children = [child for child in self._children if child not in old]
+        (self._folder / "rendezvous" / f"{role}-{replica}.json").unlink(missing_ok=True)  # of the ranks that are gone
+        wait_s = self._config.supervision.backoff_s * 2 ** (number - 1)
+        self._due.append((time.monotonic() + wait_s, [child.process for child in old]))
+        self._due.sort(key=lambda due: due[0])
+
+    def _end(self, pid: int, reason: str) -> None:
+        """Kills a process that hangs; it is found dead, and replaced, like any other."""
+        for child in self._children:
+            if child.popen.pid == pid and child.popen.poll() is None:
+                child.reports.insert(0, {"kind": REPLACE, "time": time.time(), "message": reason})
+                _kill([child], signal.SIGKILL)
+
+    def _raise_if_any_failed(self) -> None:
+        if failed := [child for child in self._children if child.failed]:
+            distance, time_s, message = min(_cause(child) for child in failed)
+            raise RoleDied(message, distance=distance, time_s=time_s)
 
     def forward(self, number: signal.Signals) -> None:
         """Sends a signal to the processes that were started, not to those that they have started themselves."""
@@ -170,12 +281,32 @@ class Children:
             if child.popen.poll() is None:
                 child.popen.send_signal(number)
 
-    def _signal_groups(self, number: signal.Signals) -> None:
-        for child in self._children:
-            try:
-                os.killpg(child.popen.pid, number)
-            except ProcessLookupError:
-                continue
+
+def _close(children: Sequence[Child]) -> None:
+    """Ends processes with all that they started: asks first, then does not."""
+    _kill(children, signal.SIGTERM)
+    deadline = time.monotonic() + _TERMINATE_S
+    while time.monotonic() < deadline and any(child.popen.poll() is None for child in children):
+        time.sleep(0.02)
+    _kill(children, signal.SIGKILL)
+    for child in children:
+        child.popen.wait()
+        child.report.close()
+
+
+def _kill(children: Sequence[Child], number: signal.Signals) -> None:
+    for child in children:
+        try:
+            os.killpg(child.popen.pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _listen(child: Child) -> list[dict[str, Any]]:
+    """What came out of the pipe since the last time: requests, which are the caller's; a death is kept for `_cause`."""
+    lines = [json.loads(line) for line in (child.report.read() or b"").splitlines()]
+    child.reports += [line for line in lines if line["kind"] != REPLACE]
+    return [line for line in lines if line["kind"] == REPLACE]
 
 
 def _devices(process: Process) -> dict[str, str]:
@@ -185,19 +316,10 @@ def _devices(process: Process) -> dict[str, str]:
 def _cause(child: Child) -> tuple[int, float, str]:
     """How far from the root this death is, when it happened, and what to tell the user: the least of all is the cause."""
     code = child.popen.returncode
-    reports = (child.report.read() or b"").splitlines()
-    if reports:
-        first = json.loads(reports[0])
+    _listen(child)
+    if child.reports:
+        first = child.reports[0]
         return _DISTANCE.get(first["kind"], 1), first["time"], f"{child.process.name}: {first['message']} (log: {child.log})"
     if code < 0:
         return 0, 0.0, f"{child.process.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
     return 4, 0.0, f"{child.process.name} ended with exit code {code} (log: {child.log})"
-
-
-def report_death(error: BaseException) -> None:
-    """Called by a dying role: tells the launcher why, if there is one."""
-    descriptor = os.environ.get(REPORT_FD)
-    if descriptor is not None:
-        message = str(error) if isinstance(error, OPDError) else f"{type(error).__name__}: {error}"
-        line = json.dumps({"kind": type(error).__name__, "time": time.time(), "message": message[:4000]})
-        os.write(int(descriptor), line.encode() + b"\n")

@@ -1,28 +1,47 @@
 """What a run leaves for people to read: one JSON line and one TensorBoard point per optimizer step."""
 
 import json
+import logging
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_opd.runtime.append import append
 from megatron_opd.types import StepReport
+
+_LOG = logging.getLogger(__name__)
 
 
 class StepLog:
     """Writes `metrics.jsonl` and TensorBoard events; a step is on disk when `write` returns."""
 
-    def __init__(self, folder: Path) -> None:
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, *, version: int = 0, size: int = 0) -> None:
+        """Goes on behind step `version`, at which metrics.jsonl had `size` bytes; what later steps wrote is taken back."""
+        self._lines = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._lines.truncate(min(size, self._lines.tell()))
+        self._lines.seek(0, os.SEEK_END)
+        self._board_folder = str(folder / "tensorboard")
+        self._board = SummaryWriter(self._board_folder, purge_step=version + 1)
         self._last = time.monotonic()
 
-    def write(self, report: StepReport, seconds: dict[str, float], *, mean_length: float, stopped: float) -> None:
-        """One step. `seconds` are the controller's stages, `stopped` the share of responses that ended by themselves."""
+    @property
+    def size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self._lines.tell()
+
+    def write(self, report: StepReport, seconds: dict[str, float], *, prompts: range, mean_length: float, stopped: float) -> None:
+        """One step on `prompts`. `seconds` are the controller's stages, `stopped` the share of responses that ended by themselves.
+
+        Raises:
+            OSError: the line is not written, not even in part; the call may be repeated.
+        """
         now = time.monotonic()
-        step_s, self._last = now - self._last, now
+        step_s = now - self._last
         line = asdict(report) | {
+            "prompts": [prompts.start, prompts.stop],
             "time": time.time(),
             "step_seconds": step_s,
             "tokens_per_second": report.tokens / step_s,
@@ -30,15 +49,23 @@ class StepLog:
             "mean_length": mean_length,
             "stopped": stopped,
         }
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        append(self._lines, json.dumps(line).encode() + b"\n")
+        self._last = now
         points = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
         points |= {"tokens_per_second": line["tokens_per_second"], "mean_length": mean_length, "stopped": stopped}
         points |= {"lag_max": max(report.lags, default=0)} | report.diagnostics
         points |= {f"kl_by_position/{first}": kl for first, kl in report.kl_by_position.items()}
-        for name, value in points.items():
-            self._board.add_scalar(name, value, report.version)
-        self._board.flush()
+        try:
+            for name, value in points.items():
+                self._board.add_scalar(name, value, report.version)
+            self._board.flush()
+        except OSError as error:  # a writer that failed once fails for ever
+            _LOG.warning("TensorBoard lacks step %d, which metrics.jsonl has: %s", report.version, error)
+            self._board = SummaryWriter(self._board_folder)
+
+    def sync(self) -> None:
+        """Returns once metrics.jsonl would survive the machine."""
+        os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Flushes everything to disk."""

@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, metrics: Path, steps: int, console: Console) -> None:
         self._metrics = metrics
-        self._offset = 0
+        self._offset = metrics.stat().st_size if metrics.exists() else 0  # a resumed run's earlier steps were shown before
         self._console = console
         self._bar = Bar(
             TextColumn("step"),

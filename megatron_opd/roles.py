@@ -4,6 +4,8 @@ The only file that names the concrete learner, rollout and teacher. Each guest i
 """
 
 import asyncio
+import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,10 +16,11 @@ import msgspec
 
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_tokenizer
+from megatron_opd.errors import CheckpointError, WeightSyncError
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
 from megatron_opd.placement import Process
 from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config, needs_of
-from megatron_opd.runtime import rpc
+from megatron_opd.runtime import report, rpc
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.runtime.imports import load_object
 from megatron_opd.runtime.nvtx import mark_operations
@@ -25,13 +28,16 @@ from megatron_opd.turns import Desks, Turns, serve
 from megatron_opd.types import (
     Done,
     Export,
+    FinishCheckpoint,
     Generate,
     HostTransport,
     JoinTransport,
+    LoadCheckpoint,
     Needs,
     ReceiveWeights,
     Rollout,
     RunSummary,
+    SaveCheckpoint,
     Score,
     SendWeights,
     Stop,
@@ -43,6 +49,7 @@ from megatron_opd.weights.transport import BroadcastSender
 if TYPE_CHECKING:
     import torch
 
+    from megatron_opd.controller import Roles
     from megatron_opd.learner.learner import Learner
     from megatron_opd.rollout.engine import EngineSettings
 
@@ -63,6 +70,8 @@ def run_role(config: Config, process: Process) -> None:
         "teacher": _teacher,
         "evaluate": _evaluate,
     }
+    if process.role != "controller":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where a scheduler signals every process, the controller alone decides
     roles[process.role](config, process)
 
 
@@ -71,28 +80,58 @@ def _controller(config: Config, process: Process) -> None:
 
 
 async def _control(config: Config) -> None:
-    from megatron_opd.controller import Controller, Roles
+    from megatron_opd.controller import Controller
+    from megatron_opd.data.faults import Limits
     from megatron_opd.data.prompts import PromptSource
     from megatron_opd.metrics import StepLog
+    from megatron_opd.recovery import Recovery
 
     folder = Path(config.run.dir)
-    needs = build_estimator(config).needs
-    async with rpc.Hub(folder / "keys", config.run.host, config.run.port) as hub:
+    replaced = config.restarts > 0 and report.has_launcher()
+    silent_s, on_loss = config.supervision.silent_s, _ask_for_replacement if replaced else None
+    async with rpc.Hub(folder / "keys", config.run.host, config.run.port, silent_s=silent_s, on_loss=on_loss) as hub:
+        asked = asyncio.Event()
+        for number in (signal.SIGUSR1,) if report.has_launcher() else (signal.SIGUSR1, signal.SIGTERM):  # a launcher's SIGTERM is an end
+            asyncio.get_running_loop().add_signal_handler(number, asked.set)
         rpc.publish_address(folder / "controller.json", hub.address)
         checked = await asyncio.to_thread(check, config)
-        wait_s = config.run.start_timeout_s
-        roles = Roles(
-            learner=(await hub.peers("learner", 1, wait_s))[0],
-            rollouts=await hub.peers("rollout", config.rollout.replicas, wait_s) if needs.generation else (),
-            teachers=await hub.peers("teacher", config.teacher.replicas, wait_s) if needs.teacher else (),
-        )
-        log = StepLog(folder)
+        recovery = await asyncio.to_thread(Recovery, config, folder)
+        roles = await _assemble(config, hub, replaced=replaced)
+        log = StepLog(folder, version=recovery.before.version, size=recovery.before.metrics_bytes)
         prompts = PromptSource(checked.records, seed=config.run.seed, shuffle=config.data.shuffle)
-        controller = Controller(config, prompts, roles, log)
-        summary = await controller.run(str(folder / "hf"))
-        _write(folder / "summary.json", summary)
+        limits = Limits(vocab_size=load_hf_config(config.student.path).vocab_size, response_tokens=config.rollout.max_response_tokens)
+        controller = Controller(config, prompts, roles, log, recovery, limits)
+        summary = await controller.run(str(folder / "hf"), asked)
+        if summary is not None:
+            _write(folder / "summary.json", summary)
         log.close()
+        recovery.close()
         await controller.stop()
+
+
+async def _assemble(config: Config, hub: rpc.Hub, *, replaced: bool) -> "Roles":
+    """Waits for all roles."""
+    from megatron_opd.controller import Roles
+    from megatron_opd.fleet import Fleet, Samplers
+
+    needs, wait_s = build_estimator(config).needs, config.run.start_timeout_s
+    (learner,) = await hub.peers("learner", 1, wait_s)
+    rollouts = teachers = None
+    patience_s = wait_s + config.supervision.backoff_s * 2**config.restarts if replaced else 0.0
+    if needs.generation:
+        await hub.peers("rollout", config.rollout.replicas, wait_s)
+        width, timeout_s = config.rollout.tensor_parallel, config.run.peer_timeout_s
+        beside_s = 0.0 if config.run.colocated else patience_s  # a rollout in the learner's processes shares their end
+        rollouts = Samplers(hub, learner, width=width, timeout_s=timeout_s, replaced_within_s=beside_s)
+    if needs.teacher:
+        await hub.peers("teacher", config.teacher.replicas, wait_s)
+        teachers = Fleet(hub, "teacher", replaced_within_s=patience_s)
+    return Roles(hub=hub, learner=learner, rollouts=rollouts, teachers=teachers)
+
+
+def _ask_for_replacement(peer: rpc.Peer) -> None:
+    if peer.hello.role != "learner":
+        report.ask_for_replacement(peer.hello.pid, peer.lost)
 
 
 def _ranks(config: Config, process: Process) -> Ranks:
@@ -171,7 +210,20 @@ class LearnerHandler:
                 assert version == self._learner.version, f"asked to send version {version}, have {self._learner.version}"
                 dtype = self._config.rollout.dtype
                 return [Done(seconds=self._give(dtype, lambda w: self._sender.send(version, self._learner.manifest(dtype), w)) or {})]
+            case SaveCheckpoint(path=path):
+                self._learner.save(path)
+                return [Done()]
+            case FinishCheckpoint():
+                self._learner.finish_save()
+                return [Done()]
+            case LoadCheckpoint(path=path, version=version):
+                self._learner.load(path)
+                if self._learner.version != version:
+                    raise CheckpointError(f"{path} holds step {self._learner.version}, wanted {version}")
+                return [Done()]
             case Export(path=path):
+                if self._first and Path(path).exists():  # an earlier process of this run wrote it
+                    shutil.rmtree(path)
                 dtype, source = self._config.learner.dtype, self._config.student.path
                 self._give(dtype, lambda weights: write_folder(path, self._learner.manifest(dtype), weights, source=source))
                 return [Done()]
@@ -184,7 +236,11 @@ class LearnerHandler:
         """Lets the first rank take the full tensors that all ranks produce together."""
         tensors = self._learner.weights(dtype)
         if self._first:
-            return take(tensors)
+            try:
+                return take(tensors)
+            finally:
+                for _ in tensors:  # the others take part to the end, whatever became of the taker
+                    continue
         for name, _ in tensors:
             raise AssertionError(f"only the first rank receives full tensors, not this one {name}")
         return None
@@ -200,6 +256,10 @@ def _serve(desk: rpc.Desk | None, ranks: Ranks | None, handle: Handler, batches:
                 request = ranks.share(request)
             try:
                 answers = handle(request)
+            except WeightSyncError as error:  # a receiver was lost: the learner is whole, and can send to others
+                if desk is not None:
+                    desk.fail(numbers[0], str(error), setback=True)
+                continue
             except Exception as error:
                 if desk is not None:
                     desk.fail(numbers[0], f"{type(error).__name__}: {error}")
@@ -251,7 +311,7 @@ def _engine_settings(config: Config, replica: int) -> "EngineSettings":
         needs=needs_of(config),
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         device=config.run.device,
-        seed=config.run.seed * 1000 + replica,
+        seed=config.run.seed,
         timeout_s=config.run.peer_timeout_s,
     )
 

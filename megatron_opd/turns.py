@@ -19,10 +19,12 @@ from megatron_opd.types import (
     Generate,
     HostTransport,
     JoinTransport,
+    LoadCheckpoint,
     Prompt,
     ReceiveWeights,
     Rollout,
     Sample,
+    SaveCheckpoint,
     SendWeights,
     Stop,
     TensorSpec,
@@ -93,7 +95,7 @@ class Turns:
                 yield Done()
             case SendWeights(version=version) | ReceiveWeights(version=version):
                 yield Done(seconds=self._hand_over(version))
-            case Train():
+            case Train() | SaveCheckpoint() | LoadCheckpoint():
                 self._rollout.sleep()
                 self._learner.unpark()
                 yield from self._answer(message)

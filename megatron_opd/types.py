@@ -197,6 +197,7 @@ class StepReport:
     tokens: int  # response tokens: the denominator of the loss
     lags: dict[int, int]  # lag in optimizer steps -> response tokens
     seconds: dict[str, float]  # stage -> s, wall
+    skipped: bool = False  # loss or gradient was not finite: the weights are those of the step before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +297,59 @@ class ReceiveWeights:
     """Controller to rollout -> Done: pause, receive, swap, resume."""
 
     version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveCheckpoint:
+    """Controller to learner -> Done: begin to write all that training goes on from into an empty folder."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishCheckpoint:
+    """Controller to learner -> Done, once what was begun is on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadCheckpoint:
+    """Controller to learner -> Done: go on from what `SaveCheckpoint` wrote, in whatever layout."""
+
+    path: str
+    version: int  # that it must hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """A prompt that is not trained on because what came of it cannot be."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardState:
+    """What the guard remembers of earlier steps."""
+
+    lengths: tuple[float, ...] = ()  # mean response lengths of the last window, tokens
+    masses: tuple[float, ...] = ()  # support masses of the last window
+    first_length: float | None = None  # None: the first window is not over yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Where the loop stood at one moment: with the learner's checkpoint of the same moment, all that a run goes on from."""
+
+    version: int  # optimizer steps done
+    prompts: int  # the cursor: prompts before this index are trained on or set aside, for ever
+    metrics_bytes: int  # length of metrics.jsonl
+    settings: str  # digest of the settings and prompts that must not change
+    tokens: int  # this and the following as in `RunSummary`, so far
+    wall_seconds: float
+    lag_histogram: dict[int, int]
+    seconds_by_stage: dict[str, float]
+    busy_seconds: dict[str, float]
+    guard: GuardState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,21 +12,28 @@ from omegaconf import OmegaConf
 
 from megatron_opd import config as configs
 from megatron_opd.controller import Controller, Roles
+from megatron_opd.data.faults import Limits
 from megatron_opd.data.prompts import PromptSource, Record
 from megatron_opd.errors import PeerError
+from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.metrics import StepLog
+from megatron_opd.recovery import Recovery, rewind
 from megatron_opd.rollout.scripted import ScriptedRollout, ScriptedSettings
 from megatron_opd.runtime import rpc
+from megatron_opd.store.journal import Journal
 from megatron_opd.teacher.scripted import ScriptedTeacher
 from megatron_opd.types import (
     Address,
     Done,
     Export,
+    FinishCheckpoint,
     Generate,
     HostTransport,
     JoinTransport,
+    LoadCheckpoint,
     Needs,
     ReceiveWeights,
+    SaveCheckpoint,
     Score,
     StepReport,
     Stop,
@@ -39,7 +48,7 @@ class ScriptedLearner:
     """Counts what it is given; `fail_at` makes that step fail."""
 
     def __init__(self, fail_at=None):
-        self.trained, self.version, self.fail_at, self.exported = [], 0, fail_at, []
+        self.trained, self.version, self.fail_at, self.exported, self.scored = [], 0, fail_at, [], []
 
     async def answer(self, message):
         if isinstance(message, Train):
@@ -65,6 +74,13 @@ class ScriptedLearner:
             return StepReport(version=self.version, lags=dict(lags), **report)
         if isinstance(message, Export):
             self.exported.append((self.version, message.path))
+        if isinstance(message, SaveCheckpoint):
+            self.saving = Path(message.path, "version")
+            self.saving.write_text(str(self.version))
+        if isinstance(message, FinishCheckpoint):
+            assert self.saving.exists()
+        if isinstance(message, LoadCheckpoint):
+            self.version = int(Path(message.path, "version").read_text())
         return Address(host="nowhere", port=0) if isinstance(message, HostTransport) else Done()
 
 
@@ -78,19 +94,22 @@ async def serve(desk, answer):
         except ValueError as error:
             await desk.fail(number, str(error))
 
-    async with asyncio.TaskGroup() as tasks:
-        async for number, message in desk.requests():
-            if isinstance(message, Stop):
-                await desk.answer(number, Done())
-                return
-            tasks.create_task(one(number, message))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            async for number, message in desk.requests():
+                if isinstance(message, Stop):
+                    await desk.answer(number, Done())
+                    return
+                tasks.create_task(one(number, message))
+    finally:
+        desk.close()
 
 
-def rollout_answer(rollout):
+def rollout_answer(rollout, change=lambda rollout: rollout):
     async def answer(message):
         match message:
             case Generate(prompt=prompt):
-                return await rollout.generate(prompt)
+                return change(await rollout.generate(prompt))
             case JoinTransport():
                 return Done()
             case ReceiveWeights(version=version):
@@ -99,9 +118,10 @@ def rollout_answer(rollout):
     return answer
 
 
-def teacher_answer(teacher):
+def teacher_answer(teacher, scored):
     async def answer(message):
         assert isinstance(message, Score)
+        scored.append(message.rollouts[0].index)
         return teacher.score(message.rollouts)[0]
 
     return answer
@@ -112,13 +132,21 @@ def stragglers(index):
     return 60 if index % 7 == 0 else 1
 
 
-def play(tmp_path, max_lag, learner, length=stragglers, replicas=2, **loop):
-    """A whole run; returns its summary."""
+def play(
+    tmp_path, max_lag, learner, length=stragglers, replicas=2, *, incident=None, change=lambda rollout: rollout, sections=None, **loop
+):
+    """A whole run, or the rest of one that `tmp_path` knows of; returns its summary.
+
+    `incident(start, tasks, stop)` runs beside it; `change` is what becomes of each rollout; scored prompts end up in `learner.scored`.
+    """
 
     async def run():
-        base = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": "p"}, "run": {"peer_timeout_s": 20}}
+        (tmp_path / "prompts.jsonl").write_text("")
+        base = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": str(tmp_path / "prompts.jsonl")}}
+        base["run"] = {"peer_timeout_s": 20}
         settings = {"steps": STEPS, "batch": BATCH, "max_lag": max_lag, **loop}
-        config = configs.resolve(OmegaConf.create(base | {"loop": settings}))
+        config = configs.resolve(OmegaConf.create(base | {"loop": settings} | (sections or {})))
+        rewind(config, tmp_path)
         rpc.make_keys(tmp_path / "keys")
         record = Record(fields={}, prompt_ids=np.arange(3, dtype=np.int32), completion_ids=None)
         async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub, asyncio.TaskGroup() as roles:
@@ -126,28 +154,34 @@ def play(tmp_path, max_lag, learner, length=stragglers, replicas=2, **loop):
             def start(role, replica, answer):
                 return roles.create_task(serve(rpc.AsyncDesk(tmp_path / "keys", hub.address, rpc.hello(role, replica)), answer))
 
-            tasks = [
-                start("learner", 0, learner.answer),
-                start("teacher", 0, teacher_answer(ScriptedTeacher(needs=NEEDS, vocab_size=VOCAB))),
-            ]
-            for replica in range(replicas):
-                script = ScriptedSettings(
-                    needs=NEEDS, vocab_size=VOCAB, max_response_tokens=64, end_id=0, seed=replica, token_s=0.001, length=length
-                )
-                tasks.append(start("rollout", replica, rollout_answer(ScriptedRollout(script))))
-            peers = Roles(
-                learner=(await hub.peers("learner", 1, 60))[0],
-                rollouts=await hub.peers("rollout", replicas, 60),
-                teachers=await hub.peers("teacher", 1, 60),
-            )
-            log = StepLog(tmp_path)
-            controller = Controller(config, PromptSource([record], seed=0, shuffle=False), peers, log)
+            def start_rollout(replica):
+                script = ScriptedSettings(needs=NEEDS, vocab_size=VOCAB, max_response_tokens=64, end_id=0, token_s=0.001, length=length)
+                return start("rollout", replica, rollout_answer(ScriptedRollout(script), change))
+
+            tasks = {
+                "learner": start("learner", 0, learner.answer),
+                "teacher": start("teacher", 0, teacher_answer(ScriptedTeacher(needs=NEEDS, vocab_size=VOCAB), learner.scored)),
+            }
+            tasks |= {replica: start_rollout(replica) for replica in range(replicas)}
+            (peer,) = await hub.peers("learner", 1, 60)
+            for role, count in (("rollout", replicas), ("teacher", 1)):
+                await hub.peers(role, count, 60)
+            patience_s = 20 if incident else 0
+            samplers = Samplers(hub, peer, width=1, timeout_s=20, replaced_within_s=patience_s)
+            peers = Roles(hub=hub, learner=peer, rollouts=samplers, teachers=Fleet(hub, "teacher", replaced_within_s=patience_s))
+            recovery = Recovery(config, tmp_path)
+            log = StepLog(tmp_path, version=recovery.before.version, size=recovery.before.metrics_bytes)
+            stop = asyncio.Event()
+            if incident:
+                tasks["incident"] = roles.create_task(incident(start_rollout, tasks, stop))
+            prompts = PromptSource([record], seed=0, shuffle=False)
+            controller = Controller(config, prompts, peers, log, recovery, Limits(vocab_size=VOCAB, response_tokens=64))
             try:
-                summary = await controller.run("export")
+                summary = await controller.run("export", stop)
                 await controller.stop()
             finally:
                 log.close()
-                for task in tasks:
+                for task in tasks.values():
                     task.cancel()
         return summary
 
@@ -197,3 +231,70 @@ def test_a_failed_step_ends_the_run_and_names_the_learner(tmp_path):
         error = error.exceptions[0]
     assert isinstance(error, PeerError) and "learner 0" in str(error) and "the script says so" in str(error)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def whole_steps(tmp_path):
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["version"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["prompts"] for line in lines] == [[BATCH * i, BATCH * (i + 1)] for i in range(len(lines))]
+    return lines
+
+
+@pytest.mark.parametrize(("max_lag", "fail_at"), [(0, 3), (0, 6), (0, 9), (3, 2), (3, 7), (3, 12)])
+def test_a_run_that_died_goes_on_with_every_prompt_once_and_pays_for_nothing_twice(tmp_path, max_lag, fail_at):
+    first, second = ScriptedLearner(fail_at), ScriptedLearner()
+    sections = {"checkpoint": {"every_steps": 4}}
+    with pytest.raises(ExceptionGroup):
+        play(tmp_path, max_lag, first, sections=sections)
+    saved = 4 * ((fail_at - 2) // 4)  # a checkpoint is whole once the step behind it is done
+    paid = Journal(tmp_path / "journal", batch=BATCH).recover(saved)
+    summary = play(tmp_path, max_lag, second, sections=sections)
+    assert first.trained[: saved * BATCH] + second.trained == list(range(STEPS * BATCH))
+    assert not set(paid.scores) & set(second.scored), "scores were paid twice"
+    assert set(paid.scores) >= set(range(saved * BATCH, (fail_at - 1) * BATCH)), "what was trained on had been put down"
+    assert sorted({*paid.scores, *second.scored}) == list(range(saved * BATCH, STEPS * BATCH))
+    assert summary.observed_lag_max <= max_lag and summary.tokens == STEPS and len(whole_steps(tmp_path)) == STEPS
+
+
+def test_a_request_to_stop_leaves_a_checkpoint_of_the_step_under_way(tmp_path):
+    async def after_a_while(start, tasks, stop):
+        while len(first.trained) < 5 * BATCH:
+            await asyncio.sleep(0.005)
+        stop.set()
+
+    first, second = ScriptedLearner(), ScriptedLearner()
+    assert play(tmp_path, 1, first, incident=after_a_while) is None
+    assert len(whole_steps(tmp_path)) == first.version < STEPS
+    play(tmp_path, 1, second)
+    assert first.trained + second.trained == list(range(STEPS * BATCH)) and len(whole_steps(tmp_path)) == STEPS
+
+
+@pytest.mark.parametrize(("max_lag", "replicas"), [(0, 1), (1, 2)])
+def test_a_lost_rollout_is_replaced_its_prompts_reissued_and_the_new_one_has_the_current_weights(tmp_path, max_lag, replicas):
+    async def lose_one(start, tasks, stop):
+        while len(learner.trained) < 6 * BATCH:
+            await asyncio.sleep(0.002)
+        tasks[0].cancel()
+        await asyncio.sleep(1.5)  # the others go on, or all wait
+        tasks["new"] = start(0)
+
+    learner = ScriptedLearner()
+    summary = play(tmp_path, max_lag, learner, replicas=replicas, incident=lose_one)
+    assert learner.trained == list(range(STEPS * BATCH))
+    assert summary.observed_lag_max <= max_lag
+
+
+def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):
+    def poison(rollout):
+        return replace(rollout, logp=rollout.logp * np.float32("nan")) if rollout.index in (5, 6) else rollout
+
+    learner = ScriptedLearner()
+    play(tmp_path, 1, learner, change=poison)
+    assert learner.trained == [index for index in range(STEPS * BATCH) if index not in (5, 6)]
+    found = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["index"] for line in found) == [5, 6] and "logp holds nan" in found[0]["reason"]
+    assert not {5, 6} & set(learner.scored), "no teacher is paid for it"
+    (tmp_path / "limited").mkdir()
+    with pytest.raises(ExceptionGroup) as caught:
+        play(tmp_path / "limited", 1, ScriptedLearner(), change=poison, sections={"guard": {"set_aside": 1}})
+    assert "2 prompts are set aside, more than guard.set_aside=1" in str(caught.value.exceptions)

@@ -13,6 +13,7 @@ FLOORS = [
     {"weights"},
     {"model"},
     {"rollout", "teacher", "learner"},
+    {"fleet", "recovery"},
     {"preflight", "controller", "placement", "turns", "progress", "summary"},
     {"roles", "launch", "convert", "plan"},
     {"slurm"},

@@ -6,7 +6,7 @@ from megatron_opd.guard import Guard
 from megatron_opd.types import StepReport
 
 
-def report(version, **diagnostics):
+def report(version, skipped=False, **diagnostics):
     return StepReport(
         version=version,
         loss=0.0,
@@ -18,6 +18,7 @@ def report(version, **diagnostics):
         tokens=1,
         lags={},
         seconds={},
+        skipped=skipped,
     )
 
 
@@ -51,3 +52,22 @@ def test_a_sound_run_goes_on_and_so_does_one_shorter_than_the_window(lengths, ma
 def test_a_guard_of_zero_is_off():
     off = GuardConfig(window=1, length_growth=0.0, support_mass=0.0)
     assert stopped_at(off, [1, 1000, 100_000], [0.0] * 3) == (None, "")
+
+
+def test_steps_that_are_skipped_in_a_row_stop_the_run_and_count_for_nothing_else():
+    guard = Guard(GuardConfig(window=1, skipped_steps=3, support_mass=0.5))
+    for version, skipped in enumerate([True, True, False, True, True], 1):
+        guard.watch(report(version, skipped, support_mass=float("nan") if skipped else 0.9), None if version == 5 else 10.0)
+    with pytest.raises(GuardError, match=r"step 6: 3 steps in a row .*guard\.skipped_steps=3"):
+        guard.watch(report(6, True), 10.0)
+
+
+def test_a_guard_goes_on_where_an_earlier_one_stood():
+    settings, lengths = GuardConfig(window=3, length_growth=2.0), [10, 10, 10, 19, 21, 19, 21]
+    first = Guard(settings)
+    for version, length in enumerate(lengths[:5], 1):
+        first.watch(report(version), length)
+    second = Guard(settings, first.state)
+    second.watch(report(6), lengths[5])
+    with pytest.raises(GuardError, match="from 10 to 20 tokens"):
+        second.watch(report(7), lengths[6])

@@ -1,6 +1,6 @@
 """The learner's state as a Megatron distributed checkpoint, by Megatron's own writer and loader. It knows no loop and no run.
 
-Model, optimizer (float32 masters and moments) and step stand in a format that any split of the model reads; the generators of
+Model, optimizer (float32 masters and moments) and counters stand in a format that any split of the model reads; the generators of
 every rank too, which only the same split can use. All methods are collectives: every rank calls them in the same order.
 """
 
@@ -41,10 +41,10 @@ class TrainingState:
         self._writing: Path | None = None
         self._queue = AsyncCallsQueue()
 
-    def save(self, folder: Path, step: int) -> None:
+    def save(self, folder: Path, counters: dict[str, int]) -> None:
         """Begins to write into an empty folder; a forked process does it while training goes on. `finish` waits for it."""
         assert self._writing is None, f"{self._writing} is still being written"
-        state = self._state(is_loading=False) | {"step": step, "layout": asdict(self._parallel)}
+        state = self._state(is_loading=False) | {"counters": counters, "layout": asdict(self._parallel)}
         with _named(folder):
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
             self._queue.schedule_async_request(request)
@@ -61,8 +61,8 @@ class TrainingState:
         with _named(folder):
             self._queue.maybe_finalize_async_calls(blocking=True)
 
-    def load(self, folder: Path) -> int:
-        """Fills model and optimizer; returns the step at which they were saved.
+    def load(self, folder: Path) -> dict[str, int]:
+        """Fills model and optimizer; returns the counters that were saved with them.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another model.
@@ -79,7 +79,7 @@ class TrainingState:
         self._load_optimizer(loaded["optimizer"])
         if "generators" in state:
             _restore_generators(loaded["generators"])
-        return common["step"]
+        return common["counters"]
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
         if is_loading:

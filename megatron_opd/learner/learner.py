@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from megatron_opd.config import LearnerConfig
 from megatron_opd.data.packing import pack, plan, to_device
-from megatron_opd.errors import DataError, OPDError
+from megatron_opd.errors import DataError
 from megatron_opd.interfaces import Estimator
 from megatron_opd.kernels import TORCH, FP8Products, choose, fp8_noise, fp8_products
 from megatron_opd.learner import diagnostics, optimizer
@@ -106,8 +106,7 @@ class Learner:
     def train(self, trajectories: Sequence[Trajectory]) -> StepReport:
         """One optimizer step. Every rank gets the same trajectories, in the same order.
 
-        Raises:
-            OPDError: loss or gradient is not finite; the weights in memory must not be used any more.
+        A loss or gradient that is not finite leaves weights, moments and schedule as they are; the step still counts, as its data is spent.
         """
         started = time.monotonic()
         micro_batches = self._pack(trajectories)
@@ -117,12 +116,7 @@ class Learner:
         tokens = sum(len(t.rollout.response_ids) for t in trajectories)
         means, kl_by_position = diagnostics.report(self._over_all_ranks(sums), tokens)
         self._warn_of_noise(means)
-        if not math.isfinite(means["loss"]):
-            raise OPDError(f"step {self.version + 1}: the loss is {means['loss']}; lower learner.optimizer.lr or check the teacher")
-        self._schedule.step(increment=1)
-        _, grad_norm, _ = self._optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise OPDError(f"step {self.version + 1}: the gradient norm is {grad_norm}; lower learner.optimizer.lr")
+        stepped, grad_norm = self._step() if math.isfinite(means["loss"]) else (False, math.nan)
         lags = self._lags(trajectories)
         self.version += 1
         return StepReport(
@@ -130,17 +124,18 @@ class Learner:
             loss=means.pop("loss"),
             diagnostics=means,
             kl_by_position=kl_by_position,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             learning_rate=self._optimizer.param_groups[0]["lr"],
             sequences=len(trajectories),
             tokens=tokens,
             lags=dict(lags),
             seconds={"pack": packed - started, "forward_backward": computed - packed, "optimizer": time.monotonic() - computed},
+            skipped=not stepped,
         )
 
     def save(self, folder: str) -> None:
         """Begins to write all that training goes on from into an empty folder; `finish_save` waits for the end of it."""
-        self._state.save(Path(folder), self.version)
+        self._state.save(Path(folder), {"version": self.version, "schedule": self._schedule.num_steps})
 
     def finish_save(self) -> None:
         """Returns when what was begun is on disk.
@@ -151,13 +146,14 @@ class Learner:
         self._state.finish()
 
     def load(self, folder: str) -> None:
-        """Goes on from a checkpoint of any layout; the schedule is that of the present settings, at the checkpoint's step.
+        """Goes on from a checkpoint of any layout; learning rates are those of the present settings.
 
         Raises:
             CheckpointError: it is damaged or of another model.
         """
-        self.version = self._state.load(Path(folder))
-        self._schedule.step(increment=self.version)
+        counters = self._state.load(Path(folder))
+        self.version = counters["version"]
+        self._schedule.step(increment=counters["schedule"] - self._schedule.num_steps)
 
     def manifest(self, dtype: str) -> tuple[TensorSpec, ...]:
         """Names and shapes of the student's tensors in a Hugging Face folder."""
@@ -180,6 +176,14 @@ class Learner:
             self._model.restore_grad_buffers()
             self._optimizer.restore_from_cpu()
             self._parked = False
+
+    def _step(self) -> tuple[bool, float]:
+        """(whether weights changed, gradient norm). The learning rate of a step is set before it, and taken back where there was none."""
+        self._schedule.step(increment=1)
+        stepped, norm = optimizer.step(self._optimizer)
+        if not stepped:
+            self._schedule.step(increment=-1)
+        return stepped, norm
 
     def _pack(self, trajectories: Sequence[Trajectory]) -> list[MicroBatch]:
         lengths = [len(t.rollout.prompt_ids) + len(t.rollout.response_ids) - 1 for t in trajectories]

@@ -1,9 +1,12 @@
 """Megatron's distributed optimizer and schedule from our settings. It knows nothing of losses."""
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd import config
@@ -17,7 +20,7 @@ def wrap(model: GPTModel) -> DistributedDataParallel:
 
 def build(
     settings: config.OptimizerConfig, model: DistributedDataParallel, *, dtype: torch.dtype, steps: int
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """AdamW with float32 master weights, sharded over the data-parallel ranks, and its learning-rate schedule."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -49,3 +52,19 @@ def build(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
+    """(whether weights changed, gradient norm before clipping): Megatron's own step, and its rule for loss scales applied without one.
+
+    A gradient that is not finite anywhere changes nothing, on any rank: the norm is over all of them.
+    """
+    if optimizer.prepare_grads():
+        return False, math.inf
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return optimizer.step_with_ready_grads(), norm

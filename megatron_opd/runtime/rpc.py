@@ -1,16 +1,18 @@
 """Requests from the controller to the roles, over ZeroMQ with CURVE keys made for the run.
 
 The controller binds one ROUTER socket (`Hub`); every role connects a DEALER (`Desk`) and says Hello. Only the controller
-asks, only roles answer. Frames: request id, kind (hello | ask | answer | failure), message name, message body.
+asks, only roles answer. Frames: request id, kind (hello | ask | probe | answer | setback | failure), message name, message body.
+A setback is a failure that its role survives. Probes say nothing: they find out whether a connection still stands.
 """
 
 import asyncio
+import errno
 import itertools
 import json
 import os
 import socket as sockets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,13 +22,14 @@ import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from megatron_opd.errors import ConfigError, HungUpError, PeerError
+from megatron_opd.errors import ConfigError, HungUpError, PeerError, SetbackError
 from megatron_opd.runtime import wire
 from megatron_opd.types import Address, Hello
 
 _ZAP = "inproc://zeromq.zap.01"  # where libzmq looks for the authenticator of a context
 _MAX_MESSAGE_BYTES = 16 << 30
 _HEARTBEAT_MS = 5_000
+_PROBE_S = 0.5
 
 
 def make_keys(folder: Path) -> None:
@@ -44,6 +47,7 @@ class Peer:
         self.name = f"{hello.role} {hello.replica} (pid {hello.pid} on {hello.host})"
         self.outstanding = 0
         self.busy_s = 0.0  # wall seconds with at least one request outstanding
+        self.lost = ""  # why nobody may ask it any more
         self._hub = hub
         self._identity = identity
         self._busy_since = 0.0
@@ -53,6 +57,7 @@ class Peer:
 
         Raises:
             PeerError: the role reports a failure, vanished, or did not answer in time.
+            SetbackError: the role reports a failure that it survives.
         """
         if self.outstanding == 0:
             self._busy_since = time.monotonic()
@@ -71,7 +76,8 @@ class Peer:
 class Hub:
     """The controller's socket. Use as an async context manager; its reader task wakes the callers."""
 
-    def __init__(self, keys: Path, host: str, port: int) -> None:
+    def __init__(self, keys: Path, host: str, port: int, *, silent_s: float = 30.0, on_loss: Callable[[Peer], None] | None = None) -> None:
+        """A role whose connection breaks, or is silent for `silent_s`, counts as lost; `on_loss` is told of each."""
         context = zmq.asyncio.Context.instance()
         self._authenticator = AsyncioAuthenticator(context)
         self._keys, self._host = keys, host
@@ -83,10 +89,14 @@ class Hub:
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(silent_s * 1000 / 3))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silent_s * 1000 * 2 / 3))
+        self._on_loss = on_loss
         self._peers: dict[bytes, Peer] = {}
-        self._arrived = asyncio.Condition()
-        self._answers: dict[bytes, asyncio.Future] = {}
+        self.changed = asyncio.Condition()  # notified whenever a peer comes or is lost
+        self._answers: dict[bytes, tuple[Peer, asyncio.Future]] = {}
         self._ids = itertools.count()
+        self._notices: set[asyncio.Task] = set()
         try:
             self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
@@ -101,10 +111,12 @@ class Hub:
         self._authenticator.configure_curve_callback("*", _OneKey(self._keys / "role.key"))
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(self._fail_all)
+        self._prober = asyncio.create_task(self._probe())
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._reader.cancel()
+        self._prober.cancel()
         if self._authenticator.zap_socket is not None:
             self._authenticator.zap_socket.unbind(_ZAP)  # at once, whereas closing frees the address some time later
         self._authenticator.stop()
@@ -117,34 +129,81 @@ class Hub:
             PeerError: some did not come in time; the message says which.
         """
 
-        def here() -> list[Peer]:
-            return sorted((p for p in self._peers.values() if p.hello.role == role), key=lambda p: p.hello.replica)
-
         try:
-            async with asyncio.timeout(timeout_s), self._arrived:
-                await self._arrived.wait_for(lambda: len(here()) >= count)
+            async with asyncio.timeout(timeout_s), self.changed:
+                await self.changed.wait_for(lambda: len(self.live(role)) >= count)
         except TimeoutError:
-            missing = sorted(set(range(count)) - {p.hello.replica for p in here()})
+            missing = sorted(set(range(count)) - {p.hello.replica for p in self.live(role)})
             raise PeerError(f"{role} {missing} did not report within {timeout_s:g} s; see the log of each") from None
-        return here()
+        return self.live(role)
+
+    def live(self, role: str) -> list[Peer]:
+        """The replicas of a role that have come and are not lost, in order."""
+        return sorted((p for p in self._peers.values() if p.hello.role == role and not p.lost), key=lambda p: p.hello.replica)
+
+    def everyone(self) -> list[Peer]:
+        """All that are not lost."""
+        return [peer for peer in self._peers.values() if not peer.lost]
+
+    def ever(self) -> list[Peer]:
+        """All that have come, lost ones too."""
+        return list(self._peers.values())
+
+    def lose(self, peer: Peer, reason: str) -> None:
+        """Nobody asks this peer any more, and who waits for it learns why."""
+        if not peer.lost:
+            self._fail(peer, reason)
+            if self._on_loss is not None:
+                self._on_loss(peer)
+
+    def _fail(self, peer: Peer, reason: str) -> None:
+        peer.lost = reason
+        for owner, answer in self._answers.values():
+            if owner is peer and not answer.done():
+                answer.set_exception(PeerError(reason))
+        self._notices.add(notice := asyncio.create_task(self._notify()))
+        notice.add_done_callback(self._notices.discard)
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _probe(self) -> None:
+        """A ROUTER keeps silent about connections that break, until something is to be sent over them."""
+        suspects: set[Peer] = set()
+        while True:
+            for peer in self.everyone():
+                try:
+                    await self._socket.send_multipart([peer._identity, b"", b"probe", b"", b""])
+                except zmq.ZMQError as error:
+                    if error.errno != errno.EHOSTUNREACH:
+                        raise
+                    if peer in suspects:  # at the first time an answer may still wait to be read
+                        self.lose(peer, f"{peer.name} is gone; see its log")
+                    suspects.add(peer)
+            await asyncio.sleep(_PROBE_S)
 
     async def _ask(self, peer: Peer, message: object) -> Any:
         if self._reader.done():
             raise PeerError(f"{peer.name} cannot be asked: this process no longer reads answers")
+        if peer.lost:
+            raise PeerError(peer.lost)
         number = next(self._ids).to_bytes(8, "big")
-        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[number] = peer, answer
         try:
             await self._socket.send_multipart([peer._identity, number, b"ask", *wire.encode(message)], copy=False)
             return await answer
         except zmq.ZMQError as error:
-            raise PeerError(f"{peer.name} is gone: {error}") from error
+            self.lose(peer, f"{peer.name} is gone: {error}")
+            raise PeerError(peer.lost) from error
         finally:
             del self._answers[number]
 
     def _fail_all(self, reader: asyncio.Task) -> None:
         """No caller waits for a reader that died."""
         error = None if reader.cancelled() else reader.exception()
-        for answer in self._answers.values():
+        for _, answer in self._answers.values():
             if error is not None and not answer.done():
                 answer.set_exception(error)
 
@@ -152,14 +211,23 @@ class Hub:
         while True:
             identity, number, kind, name, body = await self._socket.recv_multipart()
             if kind == b"hello":
-                self._peers[identity] = Peer(self, identity, wire.decode(name, body))
-                async with self._arrived:
-                    self._arrived.notify_all()
-            elif (answer := self._answers.get(number)) is not None and not answer.done():
-                if kind == b"failure":
-                    answer.set_exception(PeerError(f"{self._peers[identity].name}: {body.decode()}"))
-                else:
-                    answer.set_result(wire.decode(name, body))
+                await self._welcome(Peer(self, identity, wire.decode(name, body)))
+                continue
+            peer, answer = self._answers.get(number, (None, None))
+            if answer is None or answer.done():
+                continue
+            if kind == b"answer":
+                answer.set_result(wire.decode(name, body))
+            else:
+                error = SetbackError if kind == b"setback" else PeerError
+                answer.set_exception(error(f"{peer.name}: {body.decode()}"))
+
+    async def _welcome(self, peer: Peer) -> None:
+        for other in self.live(peer.hello.role):
+            if other.hello.replica == peer.hello.replica:
+                self._fail(other, f"{other.name} was replaced by {peer.name}")
+        self._peers[peer._identity] = peer
+        await self._notify()
 
 
 class _OneKey:
@@ -198,20 +266,22 @@ class Desk:
         time.sleep(gather_s)
         requests = []
         while self._socket.poll(0):
-            requests.append(_request(self._socket.recv_multipart()))
+            if (request := _request(self._socket.recv_multipart())) is not None:
+                requests.append(request)
         return requests
 
     def answer(self, number: bytes, message: object) -> None:
         """Sends the answer to a request."""
         self._socket.send_multipart(_answer(number, message), copy=False)
 
-    def fail(self, number: bytes, reason: str) -> None:
-        """Tells the controller that a request failed, and why."""
-        self._socket.send_multipart(_failure(number, reason))
+    def fail(self, number: bytes, reason: str, *, setback: bool = False) -> None:
+        """Tells the controller that a request failed, why, and whether this role goes on."""
+        self._socket.send_multipart(_failure(number, reason, b"setback" if setback else b"failure"))
 
     def close(self) -> None:
         """Flushes answers (for a second at most) and closes."""
         self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
 
 
@@ -251,7 +321,8 @@ class AsyncDesk:
                 if not frames.done():
                     frames.cancel()
                     raise _gone(self._address)
-                yield _request(frames.result())
+                if (request := _request(frames.result())) is not None:
+                    yield request
         finally:
             hung_up.cancel()
 
@@ -266,6 +337,7 @@ class AsyncDesk:
     def close(self) -> None:
         """Flushes answers (for a second at most) and closes."""
         self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
 
 
@@ -288,17 +360,18 @@ def _greeting(hello: Hello) -> list[bytes]:
     return [b"", b"hello", *wire.encode(hello)]
 
 
-def _request(frames: list[bytes]) -> tuple[bytes, Any]:
-    number, _, name, body = frames
-    return number, wire.decode(name, body)
+def _request(frames: list[bytes]) -> tuple[bytes, Any] | None:
+    """None for a probe."""
+    number, kind, name, body = frames
+    return (number, wire.decode(name, body)) if kind == b"ask" else None
 
 
 def _answer(number: bytes, message: object) -> list[bytes]:
     return [number, b"answer", *wire.encode(message)]
 
 
-def _failure(number: bytes, reason: str) -> list[bytes]:
-    return [number, b"failure", b"", reason.encode()]
+def _failure(number: bytes, reason: str, kind: bytes = b"failure") -> list[bytes]:
+    return [number, kind, b"", reason.encode()]
 
 
 def _gone(address: Address) -> HungUpError:
@@ -331,8 +404,3 @@ def await_address(file: Path, timeout_s: float) -> Address:
 def hello(role: str, replica: int) -> Hello:
     """Who this process is."""
     return Hello(role=role, replica=replica, pid=os.getpid(), host=sockets.gethostname())
-
-
-def least_busy(peers: Iterable[Peer]) -> Peer:
-    """The peer with the fewest outstanding requests."""
-    return min(peers, key=lambda peer: peer.outstanding)

@@ -131,8 +131,9 @@ class BroadcastSender:
         self.sent_bytes = 0  # by the last update, to each receiver
 
     def listen(self, receivers: int) -> Address:
-        """Opens the rendezvous for `receivers` receivers on a free port and returns at once."""
-        self._receivers = receivers
+        """Opens a rendezvous for `receivers` receivers on a free port and returns at once; an earlier one, with its group, is dropped."""
+        self.close()
+        self._receivers, self._names, self._updates, self._kept_manifest = receivers, {}, 0, None
         self._store = listening_store(self._host, self._timeout_s)
         return Address(host=self._host, port=self._store.port)
 

@@ -1,4 +1,4 @@
-"""Whatever breaks, one clear message, an exit code, nobody left behind, and what was finished still on disk."""
+"""What is not survived ends with one clear message, an exit code, nobody left behind, and what was finished on disk; what is, goes on."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests.run import tiny_run
 pytestmark = pytest.mark.engines
 
 LIMIT_S = 15.0  # from the fault to the end of the launcher
+FATAL = {"supervision": {"restarts": 0, "disk_wait_s": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,16 @@ def endless(tiny, name, **sections):
     """A run that would go on for hours, two steps into it; the launcher and everything that it started."""
     loop = {"steps": 100_000, "batch": 4, "max_lag": 1}
     process = tiny_run.start(tiny.config(name, loop=loop, **sections))
+    await_steps(tiny, name, process, 2)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+def await_steps(tiny, name, process, count):
     lines = Path(tiny.folder / name / "metrics.jsonl")
     deadline = time.monotonic() + 150
-    while not lines.exists() or lines.read_text().count("\n") < 2:
+    while not lines.exists() or lines.read_text().count("\n") < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
-    return process, psutil.Process(process.pid).children(recursive=True)
 
 
 def role(children, name):
@@ -59,19 +64,40 @@ def assert_steps_are_whole(tiny, name):
 
 @pytest.mark.parametrize("victim", ["controller", "learner", "rollout", "teacher"])
 def test_a_killed_role_ends_the_run_by_name(tiny, victim):
-    process, children = endless(tiny, f"kill-{victim}")
+    process, children = endless(tiny, f"kill-{victim}", **FATAL)
     role(children, victim).send_signal(signal.SIGKILL)
     assert_ends(process, children, f"{victim}-0 was killed by SIGKILL")
     assert_steps_are_whole(tiny, f"kill-{victim}")
 
 
 def test_a_killed_engine_process_ends_the_run(tiny):
-    process, children = endless(tiny, "kill-engine")
+    process, children = endless(tiny, "kill-engine", **FATAL)
     grandchildren = [
         child for child in role(children, "rollout").children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())
     ]
     grandchildren[0].send_signal(signal.SIGKILL)
     assert_ends(process, children, "rollout")
+
+
+def test_killed_rollouts_and_teachers_are_replaced_and_a_request_to_stop_ends_the_run_in_order(tiny):
+    name = "replaced"
+    process, children = endless(tiny, name, supervision={"backoff_s": 0.1})
+    role(children, "rollout").send_signal(signal.SIGKILL)
+    role(children, "teacher").send_signal(signal.SIGKILL)
+    await_steps(tiny, name, process, len(tiny.steps(name)) + 6)  # more than the store held
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    for victim in ("rollout", "teacher"):
+        assert f"{victim}-0 was killed by SIGKILL (log: {tiny.folder / name}/logs/{victim}-0.log); it is replaced (1 of 3 times)" in output
+    assert "go on with: megatron-opd train" in output.splitlines()[-1] and "Traceback" not in output
+    assert not psutil.wait_procs(children, timeout=3)[1], "orphans"
+    assert_steps_are_whole(tiny, name)
+    steps = tiny.steps(name)
+    assert [folder.name for folder in (tiny.folder / name / "checkpoints").iterdir()] == [f"step-{len(steps):08}"]
+    assert [step["prompts"] for step in steps] == [[4 * i, 4 * i + 4] for i in range(len(steps))]
+    assert max(int(lag) for step in steps for lag in step["lags"]) <= 1
 
 
 def test_ctrl_c_ends_everything_and_keeps_what_was_finished(tiny):
@@ -96,7 +122,7 @@ def test_a_full_disk_is_named(tiny):
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        process, children = endless(tiny, "small/run", run={"dir": str(mount / "run")})
+        process, children = endless(tiny, "small/run", run={"dir": str(mount / "run")}, **FATAL)
         (mount / "filler").write_bytes(b"x" * (shutil.disk_usage(mount).free - 4096))
         try:
             (mount / "rest").write_bytes(b"x" * 8192)

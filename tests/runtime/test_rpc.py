@@ -4,7 +4,7 @@ import threading
 import pytest
 import zmq
 
-from megatron_opd.errors import ConfigError, PeerError
+from megatron_opd.errors import ConfigError, PeerError, SetbackError
 from megatron_opd.runtime import rpc
 from megatron_opd.types import Address, Done, Export, HostTransport, SendWeights, Stop
 
@@ -98,3 +98,45 @@ def test_an_address_that_nobody_writes_is_not_awaited_for_ever(tmp_path):
         rpc.await_address(tmp_path / "a.json", 0.1)
     rpc.publish_address(tmp_path / "sub" / "a.json", Address(host="h", port=3))
     assert rpc.await_address(tmp_path / "sub" / "a.json", 0.1) == Address(host="h", port=3)
+
+
+def test_a_peer_whose_connection_breaks_is_lost_and_whoever_waits_for_it_learns_so_at_once(tmp_path):
+    async def main():
+        keys, lost = tmp_path / "keys", []
+        rpc.make_keys(keys)
+        async with rpc.Hub(keys, "127.0.0.1", 0, on_loss=lost.append) as hub:
+            first, second = (rpc.Desk(keys, hub.address, rpc.hello("rollout", 0), context=zmq.Context()) for _ in range(2))
+            first.greet()
+            (peer,) = await hub.peers("rollout", 1, 60)
+            asking = asyncio.create_task(peer.call(Stop(), 60))
+            await asyncio.sleep(0.1)
+            first.close()
+            with pytest.raises(PeerError, match=r"rollout 0 .* is gone"):
+                await asyncio.wait_for(asking, 10)
+            assert lost == [peer] and hub.live("rollout") == [] and hub.ever() == [peer]
+            with pytest.raises(PeerError, match="is gone"):
+                await peer.call(Stop(), 60)
+            second.greet()
+            (other,) = await hub.peers("rollout", 1, 60)
+            assert other is not peer and hub.everyone() == [other]
+            second.close()
+
+    asyncio.run(main())
+
+
+def test_a_setback_is_told_from_a_failure(tmp_path):
+    async def main():
+        rpc.make_keys(tmp_path / "keys")
+        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
+            desk = rpc.Desk(tmp_path / "keys", hub.address, rpc.hello("learner", 0), context=zmq.Context())
+            desk.greet()
+            (peer,) = await hub.peers("learner", 1, 60)
+            asking = asyncio.create_task(peer.call(Stop(), 60))
+            while not (requests := await asyncio.to_thread(desk.receive)):  # probes are no requests
+                await asyncio.sleep(0)
+            desk.fail(requests[0][0], "a receiver is gone", setback=True)
+            with pytest.raises(SetbackError, match=r"learner 0 .*: a receiver is gone"):
+                await asking
+            desk.close()
+
+    asyncio.run(main())

@@ -1,0 +1,152 @@
+"""Replicas that may die: who of a role can be asked, and who samples from which weights. It knows requests, not what they are about.
+
+A request goes to the least busy replica that is ready. If that one is lost on the way, another gets it, or a new one that
+the launcher starts in its place: nobody but the caller of `ask` waits meanwhile.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from megatron_opd.errors import PeerError, SetbackError
+from megatron_opd.runtime.rpc import Hub, Peer
+from megatron_opd.types import HostTransport, JoinTransport, ReceiveWeights, SendWeights
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 5  # to bring one version of the weights to those that are there
+
+
+class Fleet:
+    """The replicas of one role, ready as soon as they have come."""
+
+    def __init__(self, hub: Hub, role: str, *, replaced_within_s: float) -> None:
+        """A lost replica is waited for so long if no other is left; 0: nothing is replaced, and the first loss is the caller's."""
+        self._hub = hub
+        self._role = role
+        self._replaced_within_s = replaced_within_s
+
+    async def ask(self, message: object, timeout_s: float) -> Any:
+        """The answer of the least busy replica, or of another one if that one is lost.
+
+        Raises:
+            PeerError: none is left, or replicas are not replaced.
+        """
+        while True:
+            peer = await self._free()
+            try:
+                return await peer.call(message, timeout_s)
+            except PeerError as error:
+                self._give_up(peer, error)
+
+    def _give_up(self, peer: Peer, error: PeerError) -> None:
+        """A replica that failed once is not asked again: it is ending, or hangs.
+
+        Raises:
+            PeerError: replicas are not replaced.
+        """
+        if not self._replaced_within_s:
+            raise error
+        _LOG.warning("what was asked of it goes to another %s: %s", self._role, error)
+        self._hub.lose(peer, str(error))
+
+    def _ready(self) -> list[Peer]:
+        return self._hub.live(self._role)
+
+    async def _free(self) -> Peer:
+        if not self._replaced_within_s and not self._ready():
+            raise PeerError(f"no {self._role} is left; see the logs of the {self._role}s")
+        try:
+            async with asyncio.timeout(self._replaced_within_s), self._hub.changed:
+                await self._hub.changed.wait_for(self._ready)
+        except TimeoutError:
+            raise PeerError(
+                f"no {self._role} is left, and none was started in {self._replaced_within_s:g} s; see the logs of the {self._role}s"
+            ) from None
+        return min(self._ready(), key=lambda peer: peer.outstanding)
+
+
+class Samplers(Fleet):
+    """Rollout replicas: ready once they hold the learner's weights, which all of them receive together."""
+
+    def __init__(self, hub: Hub, learner: Peer, *, width: int, timeout_s: float, replaced_within_s: float) -> None:
+        """`width` workers of each replica receive; `timeout_s` is that of a single answer."""
+        super().__init__(hub, "rollout", replaced_within_s=replaced_within_s)
+        self._learner = learner
+        self._width = width
+        self._timeout_s = timeout_s
+        self._group: list[Peer] = []  # whom the weight transport joins to the learner
+        self._current: list[Peer] = []  # who has the last weights that were published
+
+    def _ready(self) -> list[Peer]:
+        return [peer for peer in self._current if not peer.lost]
+
+    async def newcomer(self) -> None:
+        """Waits until a replica is there that has no weights yet."""
+        async with self._hub.changed:
+            await self._hub.changed.wait_for(self.has_newcomers)
+
+    def has_newcomers(self) -> bool:
+        """Whether a replica is there that has no weights yet."""
+        return not set(self._hub.live(self._role)) <= set(self._current)
+
+    async def publish(self, version: int) -> dict[str, float]:
+        """Streams the learner's weights into all replicas that are there; returns seconds by part, of the slowest replica.
+
+        Raises:
+            PeerError: the learner failed, or a replica that is not replaced, or no attempt succeeded.
+        """
+        for _ in range(_ATTEMPTS):
+            members = self._hub.live(self._role)
+            if not members:
+                return {}
+            try:
+                if members != self._group:
+                    await self._join(members)
+                seconds = await self._stream(version)
+            except SetbackError as error:
+                _LOG.warning("weights version %d are sent again, to those that are left: %s", version, error)
+                self._group = []  # one that has lost a message cannot be mended
+                continue
+            self._current = members
+            async with self._hub.changed:
+                self._hub.changed.notify_all()
+            return seconds
+        raise PeerError(f"weights version {version} did not reach the rollouts in {_ATTEMPTS} attempts; see the logs of all rollouts")
+
+    async def _join(self, members: list[Peer]) -> None:
+        receivers = self._width * len(members)
+        address = await self._learner.call(HostTransport(receivers=receivers), self._timeout_s)
+        joins = [JoinTransport(address=address, first_rank=1 + i * self._width, world_size=1 + receivers) for i in range(len(members))]
+        await self._from_all({peer: peer.call(join, self._timeout_s) for peer, join in zip(members, joins, strict=True)})
+        self._group = members
+
+    async def _stream(self, version: int) -> dict[str, float]:
+        limit_s = 2 * self._timeout_s  # the two ends time out by themselves first, and know better whom they miss
+        sent, received = await asyncio.gather(
+            self._learner.call(SendWeights(version=version), limit_s),
+            self._from_all({peer: peer.call(ReceiveWeights(version=version), limit_s) for peer in self._group}),
+            return_exceptions=True,  # a new attempt starts once both ends are done with this one
+        )
+        failures = [end for end in (sent, received) if isinstance(end, BaseException)]
+        for failure in sorted(failures, key=lambda failure: isinstance(failure, SetbackError)):  # what nobody survives counts first
+            raise failure
+        slowest = max(received, key=lambda done: sum(done.seconds.values()))
+        return {f"send.{k}": v for k, v in sent.seconds.items()} | {f"receive.{k}": v for k, v in slowest.seconds.items()}
+
+    async def _from_all(self, calls: Mapping[Peer, Awaitable[Any]]) -> list[Any]:
+        """The answers of all replicas.
+
+        Raises:
+            SetbackError: some failed, and are lost now.
+            PeerError: one failed, and replicas are not replaced.
+        """
+        answers = await asyncio.gather(*calls.values(), return_exceptions=True)
+        failed = {peer: answer for peer, answer in zip(calls, answers, strict=True) if isinstance(answer, BaseException)}
+        for peer, failure in failed.items():
+            if not isinstance(failure, PeerError):
+                raise failure
+            self._give_up(peer, failure)
+        if failed:
+            raise SetbackError("; ".join(map(str, failed.values())))
+        return answers

@@ -1,0 +1,189 @@
+"""What a run would lose if it died now, and what it goes on from. It knows files and counts, and asks nobody anything.
+
+Three things stand in the run directory: checkpoints (learner and loop at one moment), the journal (rollouts and scores since
+then) and `quarantine.jsonl` (prompts that were set aside, and what came of them).
+"""
+
+import asyncio
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_opd.config import Config, fixed
+from megatron_opd.errors import ConfigError, GuardError
+from megatron_opd.runtime.append import append
+from megatron_opd.store.checkpoints import Checkpoints
+from megatron_opd.store.journal import Journal, Paid
+from megatron_opd.types import GuardState, Rollout, RunState, SetAside, TeacherScores
+
+_LOG = logging.getLogger(__name__)
+_POLL_S = 1.0
+_TIMES_STUDENT = 7  # bytes per parameter: 14 for weights, masters and moments, beside 2 of a bfloat16 student's file
+T = TypeVar("T")
+
+
+class Recovery:
+    """The run directory as a memory."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        """Reads what an earlier process of this run has left; there may be nothing.
+
+        Raises:
+            ConfigError: it was left by a run with other settings.
+            CheckpointError: the last checkpoint is damaged.
+        """
+        self._settings = config.checkpoint
+        self._most_set_aside = config.guard.set_aside
+        self._disk_wait_s = config.supervision.disk_wait_s
+        self._folder = folder
+        self._student = config.student.path
+        self._checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+        self.digest = digest(config)
+        self.before = _beginning(self.digest)
+        self.learner_folder: Path | None = None
+        if (found := self._checkpoints.newest()) is not None:
+            self.learner_folder, self.before = found
+        if self.before.settings != self.digest:
+            raise ConfigError(f"{folder} holds a run with other settings or prompts; see its config.yaml")
+        on = config.checkpoint.journal != "off"
+        each = config.checkpoint.journal == "record"
+        self._journal = Journal(folder / "journal", batch=config.loop.batch, each_record=each) if on else None
+        self.paid = self._journal.recover(self.before.version) if self._journal is not None else Paid()
+        self._quarantine = folder / "quarantine.jsonl"
+        self._set_aside = _indices(self._quarantine)
+
+    def due(self, version: int) -> bool:
+        """Whether a checkpoint is to be made of this version."""
+        return self._settings.every_steps > 0 and version % self._settings.every_steps == 0
+
+    async def keep(self, record: Rollout | TeacherScores) -> None:
+        """Puts down what was paid for."""
+        if self._journal is not None:
+            await self.when_there_is_room(lambda: self._journal.add(record))
+
+    async def set_aside(self, rollout: Rollout, reason: str) -> None:
+        """Puts a prompt into quarantine.
+
+        Raises:
+            GuardError: there are more than `guard.set_aside` in it.
+        """
+        words = asdict(SetAside(index=rollout.index, reason=reason))
+        words |= {"prompt_ids": rollout.prompt_ids.tolist(), "response_ids": rollout.response_ids.tolist()}
+        await self.when_there_is_room(lambda: _append(self._quarantine, json.dumps(words).encode() + b"\n"))
+        if self._journal is not None:
+            await self.when_there_is_room(lambda: self._journal.add(SetAside(index=rollout.index, reason=reason)))
+        self._set_aside.add(rollout.index)
+        _LOG.warning("prompt %d is set aside: %s", rollout.index, reason)
+        if len(self._set_aside) > self._most_set_aside:
+            raise GuardError(
+                f"prompt {rollout.index}: {reason}; with it {len(self._set_aside)} prompts are set aside, more than "
+                f"guard.set_aside={self._most_set_aside}; see {self._quarantine}"
+            )
+
+    async def settle(self, version: int) -> None:
+        """Makes the journal of a step that is about to be trained survive the machine, where that is asked for."""
+        if self._journal is not None and self._settings.journal == "step":
+            await asyncio.to_thread(self._journal.sync, version)
+
+    async def begin(self, version: int) -> Path:
+        """The folder that the learner is to write into, once the disk has room for it."""
+        await self._wait_for_room(self._checkpoints.size() or _TIMES_STUDENT * _size(Path(self._student)))
+        return self._checkpoints.begin(version)
+
+    async def commit(self, state: RunState) -> None:
+        """Makes the checkpoint whole, and drops from the journal what it has made superfluous."""
+        await asyncio.to_thread(self._checkpoints.commit, state)
+        if self._journal is not None:
+            self._journal.forget(state.version)
+
+    async def when_there_is_room(self, write: Callable[[], T]) -> T:
+        """What `write` returns. A full disk makes the run wait, which it says, and go on when there is room.
+
+        Raises:
+            OSError: there was none within `supervision.disk_wait_s`, or it is another error.
+        """
+        deadline = time.monotonic() + self._disk_wait_s
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > deadline:
+                    raise
+                _LOG.warning("the run waits for room on the disk of %s: %s", self._folder, error)
+            await asyncio.sleep(_POLL_S)
+
+    async def _wait_for_room(self, needed_bytes: int) -> None:
+        def look() -> None:
+            free = shutil.disk_usage(self._folder).free
+            if free < needed_bytes:
+                raise OSError(errno.ENOSPC, f"a checkpoint needs {needed_bytes >> 20} MiB, {free >> 20} MiB are free", str(self._folder))
+
+        await self.when_there_is_room(look)
+
+    def close(self) -> None:
+        """Closes the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+
+def rewind(config: Config, folder: Path) -> int:
+    """Takes metrics.jsonl back to the last checkpoint, whose version it returns: what came behind it is done again.
+
+    Raises:
+        CheckpointError: that checkpoint is damaged.
+    """
+    found = Checkpoints(folder / "checkpoints", config.checkpoint).newest()
+    version, size = (found[1].version, found[1].metrics_bytes) if found is not None else (0, 0)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        os.truncate(metrics, min(size, metrics.stat().st_size))
+    return version
+
+
+def digest(config: Config) -> str:
+    """Of the settings that must not change while a run lasts, and of its prompts."""
+    words = hashlib.blake2b(json.dumps(fixed(config), sort_keys=True).encode(), digest_size=16)
+    with Path(config.data.prompts).open("rb") as file:
+        words.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+    return words.hexdigest()
+
+
+def _beginning(settings: str) -> RunState:
+    return RunState(
+        version=0,
+        prompts=0,
+        metrics_bytes=0,
+        settings=settings,
+        tokens=0,
+        wall_seconds=0.0,
+        lag_histogram={},
+        seconds_by_stage={},
+        busy_seconds={},
+        guard=GuardState(),
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _append(file: Path, line: bytes) -> None:
+    with file.open("ab", buffering=0) as opened:
+        append(opened, line)
+
+
+def _indices(quarantine: Path) -> set[int]:
+    """Of the prompts in quarantine; a line that a crash cut short is removed."""
+    if not quarantine.exists():
+        return set()
+    data = quarantine.read_bytes()
+    os.truncate(quarantine, data.rfind(b"\n") + 1)
+    return {json.loads(line)["index"] for line in data[: data.rfind(b"\n") + 1].splitlines()}

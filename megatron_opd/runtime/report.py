@@ -1,0 +1,32 @@
+"""What a role tells the process that started it: what it dies of, and whom it wants replaced. A pipe, so that a full disk hides nothing."""
+
+import json
+import os
+import time
+
+from megatron_opd.errors import OPDError
+
+REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # the pipe's number, where a launcher listens
+REPLACE = "replace"  # kind of a report that is no death
+
+
+def has_launcher() -> bool:
+    """Whether anybody listens."""
+    return REPORT_FD in os.environ
+
+
+def report_death(error: BaseException) -> None:
+    """Tells the launcher why this process ends, if there is one."""
+    message = str(error) if isinstance(error, OPDError) else f"{type(error).__name__}: {error}"
+    _write({"kind": type(error).__name__, "message": message[:3000]})
+
+
+def ask_for_replacement(pid: int, reason: str) -> None:
+    """Tells the launcher that a process is of no use any more: it is to be ended, if it still lives, and its replica started anew."""
+    _write({"kind": REPLACE, "pid": pid, "message": reason[:3000]})
+
+
+def _write(words: dict[str, object]) -> None:
+    if has_launcher():
+        line = json.dumps(words | {"time": time.time()}).encode() + b"\n"
+        os.write(int(os.environ[REPORT_FD]), line)  # at most 4096 bytes, which a pipe takes whole or not at all

@@ -1,0 +1,87 @@
+"""The checkpoints of a run: folders that appear whole or not at all, and how many of them are kept. It knows no model.
+
+A checkpoint is written into a folder with a leading dot, synced, and renamed: `step-NNNNNNNN` exists only when all of it does.
+It holds `learner/`, which the learner writes, and `run.json`, which says where the loop stood at the same moment.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from megatron_opd.config import CheckpointConfig
+from megatron_opd.errors import CheckpointError
+from megatron_opd.types import RunState
+
+
+class Checkpoints:
+    """The folder of all checkpoints."""
+
+    def __init__(self, folder: Path, settings: CheckpointConfig) -> None:
+        self._folder = folder
+        self._settings = settings
+
+    def newest(self) -> tuple[Path, RunState] | None:
+        """The learner's folder and the loop's state of the last checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: its `run.json` does not say what it should.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        folder = steps[max(steps)]
+        try:
+            state = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunState)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise CheckpointError(f"{folder / 'run.json'} does not load: {error}; remove {folder} to go on from an earlier one") from error
+        return folder / "learner", state
+
+    def size(self) -> int:
+        """Bytes of the last checkpoint, 0 if there is none."""
+        steps = self._steps()
+        return sum(file.stat().st_size for file in steps[max(steps)].rglob("*") if file.is_file()) if steps else 0
+
+    def begin(self, version: int) -> Path:
+        """An empty folder for the learner's part; what an earlier process left unfinished is removed."""
+        for left in self._folder.glob(".step-*"):
+            shutil.rmtree(left)
+        folder = self._partial(version) / "learner"
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, state: RunState) -> None:
+        """Makes the checkpoint of `state.version`, whose learner's part is on disk, visible, and removes those that are not to be kept."""
+        partial = self._partial(state.version)
+        (partial / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1))
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        target = self._folder / f"step-{state.version:08}"
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync(self._folder)
+        for folder in self._superfluous():
+            shutil.rmtree(folder)
+
+    def _steps(self) -> dict[int, Path]:
+        return {int(folder.name.removeprefix("step-")): folder for folder in self._folder.glob("step-*")}
+
+    def _superfluous(self) -> Iterator[Path]:
+        steps, keep_every = self._steps(), self._settings.keep_every
+        for step in sorted(steps)[: -self._settings.keep]:
+            if not keep_every or step % keep_every:
+                yield steps[step]
+
+    def _partial(self, version: int) -> Path:
+        return self._folder / f".step-{version:08}.{os.getpid()}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""What has been paid for and is not yet in a checkpoint, on disk: rollouts, teacher scores, prompts set aside. It knows no policy.
+
+One file per optimizer step holds the records of that step's prompts, so that a checkpoint makes whole files superfluous and
+nothing is ever rewritten. A record is its length, its kind, its body as it travels on the wire, and a BLAKE2b digest of all
+that. Reading ends at the first record that is torn or damaged: what stood behind it is paid for again.
+"""
+
+import hashlib
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_opd.errors import WireError
+from megatron_opd.runtime import wire
+from megatron_opd.runtime.append import append
+from megatron_opd.types import Rollout, SetAside, TeacherScores
+
+_LOG = logging.getLogger(__name__)
+_HEAD = struct.Struct("<IB")  # bytes of the body, bytes of the kind's name
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paid:
+    """What a journal still knows, by prompt index."""
+
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    scores: dict[int, TeacherScores] = field(default_factory=dict)
+    set_aside: dict[int, SetAside] = field(default_factory=dict)
+
+
+class Journal:
+    """Append-only files in a folder. A record survives the process once `add` returns, and the machine once `sync` does."""
+
+    def __init__(self, folder: Path, *, batch: int, each_record: bool = False) -> None:
+        """`batch` prompts make a step; with `each_record`, `add` syncs."""
+        self._folder = folder
+        self._batch = batch
+        self._each_record = each_record
+        self._files: dict[int, BinaryIO] = {}
+        folder.mkdir(exist_ok=True)
+
+    def recover(self, version: int) -> Paid:
+        """All whole records of steps after `version`, each file cut behind its last one; older files are removed."""
+        self.forget(version)
+        paid = Paid()
+        for file in sorted(self._folder.glob("step-*.bin")):
+            for record in self._whole(file):
+                kept = {Rollout: paid.rollouts, TeacherScores: paid.scores, SetAside: paid.set_aside}.get(type(record))
+                if kept is not None and record.index // self._batch + 1 == _step(file):
+                    kept[record.index] = record
+        return paid
+
+    def add(self, record: Rollout | TeacherScores | SetAside) -> None:
+        """Appends.
+
+        Raises:
+            OSError: the disk is full or broken; nothing of the record is left, and the call may be repeated.
+        """
+        append(self._file(record.index // self._batch + 1), frame(record), sync=self._each_record)
+
+    def sync(self, step: int) -> None:
+        """Returns once the records of a step would survive the machine."""
+        if step in self._files:
+            os.fsync(self._files[step].fileno())
+
+    def forget(self, version: int) -> None:
+        """Removes the records of all steps up to `version`: a checkpoint holds what became of them."""
+        for file in self._folder.glob("step-*.bin"):
+            if _step(file) <= version:
+                if (opened := self._files.pop(_step(file), None)) is not None:
+                    opened.close()
+                file.unlink()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _file(self, step: int) -> BinaryIO:
+        if step not in self._files:
+            self._files[step] = (self._folder / f"step-{step:08}.bin").open("ab", buffering=0)
+        return self._files[step]
+
+    def _whole(self, file: Path) -> Iterator[Any]:
+        data = file.read_bytes()
+        found = list(records(data))
+        yield from (record for _, record in found)
+        end = found[-1][0] if found else 0
+        if end < len(data):
+            _LOG.warning("%s: its last %d bytes are torn or damaged and are left out", file, len(data) - end)
+            os.truncate(file, end)
+
+
+def frame(record: object) -> bytes:
+    """A record as it stands in the file."""
+    name, body = wire.encode(record)
+    words = _HEAD.pack(len(body), len(name)) + name + body
+    return words + _digest(words)
+
+
+def records(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(where it ends, record) of each whole record up to the first that is not."""
+    start = 0
+    while start + _HEAD.size <= len(data):
+        body_bytes, name_bytes = _HEAD.unpack_from(data, start)
+        middle = start + _HEAD.size + name_bytes
+        end = middle + body_bytes
+        if data[end : end + _DIGEST_BYTES] != _digest(data[start:end]):
+            return
+        try:
+            record = wire.decode(data[start + _HEAD.size : middle], data[middle:end])
+        except WireError:
+            return  # written whole, but by another version of this package
+        start = end + _DIGEST_BYTES
+        yield start, record
+
+
+def _digest(words: bytes) -> bytes:
+    return hashlib.blake2b(words, digest_size=_DIGEST_BYTES).digest()
+
+
+def _step(file: Path) -> int:
+    return int(file.stem.removeprefix("step-"))

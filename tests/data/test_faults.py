@@ -1,0 +1,57 @@
+"""What may be trained on passes, and each way to be unfit is named."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_opd.data.faults import Limits, fault_of
+from megatron_opd.types import Needs
+from tests.learner.cases import trajectories
+
+LIMITS = Limits(vocab_size=31, response_tokens=13)
+NEEDS = Needs(
+    behaviour_logp=True, head=3, draws=2, teacher_token=True, teacher_head=True, head_rest=True, teacher_draws=True, teacher_top=2
+)
+(GOOD,) = trajectories(NEEDS, vocab=31, lengths=((3, 9),))
+
+
+def test_what_rollouts_and_teachers_make_passes():
+    for one in trajectories(NEEDS, vocab=31, lengths=((3, 9), (1, 1), (4, 13))):
+        assert fault_of(one.rollout, LIMITS) is None and fault_of(one.teacher, LIMITS) is None
+
+
+def changed(array, value):
+    array = array.copy()
+    array.flat[4] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("response_ids", 31, "response_ids from 0 to 31 in a vocabulary of 31"),
+        ("head_ids", -1, "head_ids from -1 to"),
+        ("draw_ids", 1 << 30, "draw_ids from"),
+        ("logp", np.nan, "logp holds nan in row 4"),
+        ("head_logp", np.inf, "head_logp holds inf in row 1"),
+        ("draw_logp", -np.inf, "draw_logp holds -inf"),
+    ],
+)
+def test_a_rollout_out_of_range_is_named(field, value, message):
+    rollout = replace(GOOD.rollout, response_ids=np.zeros(9, np.int32))
+    assert fault_of(replace(rollout, **{field: changed(getattr(rollout, field), value)}), LIMITS).startswith(message)
+
+
+def test_scores_that_are_not_numbers_are_named():
+    for field in ("token_logp", "head_logp", "top_logp", "draw_logp", "head_log_rest"):
+        broken = replace(GOOD.teacher, **{field: changed(getattr(GOOD.teacher, field), np.nan)})
+        assert fault_of(broken, LIMITS).startswith(f"{field} holds nan")
+    assert fault_of(replace(GOOD.teacher, head_log_rest=changed(GOOD.teacher.head_log_rest, -np.inf)), LIMITS) is None
+    assert fault_of(replace(GOOD.teacher, top_ids=changed(GOOD.teacher.top_ids, 31)), LIMITS).startswith("top_ids from")
+
+
+@pytest.mark.parametrize("length", [0, 14])
+def test_an_empty_or_overlong_response_is_named(length):
+    rollout = replace(GOOD.rollout, response_ids=np.zeros(length, np.int32))
+    assert fault_of(rollout, LIMITS) == f"the response has {length} tokens, wanted 1 to 13 (rollout.max_response_tokens)"

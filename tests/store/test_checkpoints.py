@@ -1,0 +1,63 @@
+"""A checkpoint is there whole or not at all, and those that are not to be kept go."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_opd.config import CheckpointConfig
+from megatron_opd.errors import CheckpointError
+from megatron_opd.store.checkpoints import Checkpoints
+from megatron_opd.types import GuardState, RunState
+
+STATE = RunState(
+    version=0,
+    prompts=0,
+    metrics_bytes=17,
+    settings="d",
+    tokens=5,
+    wall_seconds=1.5,
+    lag_histogram={0: 3, 1: 2},
+    seconds_by_stage={"train": 0.5},
+    busy_seconds={"learner": 1.0},
+    guard=GuardState(lengths=(1.0, 2.0), first_length=3.0),
+)
+
+
+def write(checkpoints, version):
+    folder = checkpoints.begin(version)
+    (folder / "weights").write_bytes(b"x" * version)
+    checkpoints.commit(replace(STATE, version=version))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("keep_every", "kept"), [(0, [4, 5]), (2, [2, 4, 5])])
+def test_the_last_ones_and_every_mth_are_kept(tmp_path, keep_every, kept):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2, keep_every=keep_every))
+    assert checkpoints.newest() is None and checkpoints.size() == 0
+    for version in range(1, 6):
+        write(checkpoints, version)
+    assert names(tmp_path) == [f"step-{version:08}" for version in kept]
+    folder, state = checkpoints.newest()
+    assert state == replace(STATE, version=5) and (folder / "weights").read_bytes() == b"x" * 5
+    assert checkpoints.size() == 5 + (folder.parent / "run.json").stat().st_size
+
+
+def test_what_was_not_committed_is_no_checkpoint_and_goes(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    write(checkpoints, 1)
+    (checkpoints.begin(2) / "weights").write_bytes(b"half")
+    again = Checkpoints(tmp_path, CheckpointConfig())
+    assert again.newest()[1].version == 1
+    write(again, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    write(checkpoints, 3)
+    (tmp_path / "step-00000003" / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"step-00000003/run.json does not load: .*; remove .*step-00000003 to go on"):
+        checkpoints.newest()
