@@ -1,6 +1,9 @@
 import dataclasses
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from megatron_opd import config
@@ -82,3 +85,31 @@ def test_an_unreadable_file_is_a_config_error(tmp_path, text):
         config.load(file)
     with pytest.raises(ConfigError, match="does not exist"):
         config.load(tmp_path / "absent.yaml")
+
+
+NAMES = [section.name for section in dataclasses.fields(config.Config)]
+SETTINGS = sorted({f.name for section in dataclasses.fields(config.Config) for f in dataclasses.fields(section.default_factory)})
+VALUES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5) | st.lists(st.integers(0, 2), max_size=2)
+
+
+def is_understood(file):
+    try:
+        assert isinstance(config.load(file), config.Config)
+    except ConfigError as error:
+        assert str(error)
+
+
+@given(data=st.binary(max_size=80))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_a_config_or_a_config_error(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "bytes.yaml"
+    file.write_bytes(data)
+    is_understood(file)
+
+
+@given(sections=st.dictionaries(st.sampled_from([*NAMES, "lop"]), st.dictionaries(st.sampled_from(SETTINGS), VALUES, max_size=3) | VALUES))
+@settings(max_examples=150, deadline=None)
+def test_any_values_of_settings_are_a_config_or_a_config_error(tmp_path_factory, sections):
+    file = tmp_path_factory.getbasetemp() / "values.yaml"
+    file.write_text(yaml.safe_dump(BASE | sections))
+    is_understood(file)
