@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm = launch.add_subparsers(required=True, metavar="WHERE").add_parser("slurm", help="as one SLURM job")
     slurm.add_argument("config", type=Path)
     slurm.add_argument("overrides", nargs="*", metavar="key=value")
+    slurm.add_argument("--resume", action="store_true", help="go on with the run in run.dir where it stopped, or start it if there is none")
     slurm.add_argument("--dry-run", action="store_true", help="check everything, print config, roles and the job's script; submit nothing")
     slurm.add_argument(
         "--configs-only",
@@ -185,7 +186,7 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
         console().print(configs.to_yaml(config), _roles(processes), script, highlight=False, markup=False, soft_wrap=True)
         return
     slurm.require_sbatch()
-    folder, _ = prepare(config, processes)
+    folder, _ = prepare(config, processes, resume=arguments.resume)
     file = folder / "job.sbatch"
     file.write_text(script)
     job = slurm.submit(file)

@@ -67,7 +67,8 @@ def test_two_nodes_reach_the_losses_of_one_machine(bench):
 
 
 def test_a_killed_role_ends_the_job_with_its_name(bench):
-    job = bench.submit(bench.tiny.config("kill", **LAYOUT, loop={"steps": 100_000, "batch": 4, "max_lag": 1}))
+    endless = {"loop": {"steps": 100_000, "batch": 4, "max_lag": 1}, "supervision": {"restarts": 0}}
+    job = bench.submit(bench.tiny.config("kill", **LAYOUT, **endless))
     lines = Path(bench.tiny.folder / "kill" / "metrics.jsonl")
     deadline = time.monotonic() + 150
     while not lines.exists() or lines.read_text().count("\n") < 2:
