@@ -7,6 +7,7 @@ rollouts that took the place of lost ones.
 """
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from megatron_opd.config import Config
 from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.data.prompts import PromptSource
-from megatron_opd.errors import GuardError
+from megatron_opd.errors import GuardError, PeerError
 from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
@@ -40,6 +41,8 @@ from megatron_opd.types import (
     Train,
     Trajectory,
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +115,18 @@ class Controller:
         return summary
 
     async def stop(self) -> None:
-        """Ends all roles in order."""
+        """Ends all roles in order; a rollout or teacher that died before it was told has ended too.
+
+        Raises:
+            PeerError: the learner failed.
+        """
         for peer in self._roles.hub.everyone():
-            await peer.call(Stop(), self._timeout_s)
+            try:
+                await peer.call(Stop(), self._timeout_s)
+            except PeerError as error:
+                if peer is self._roles.learner:
+                    raise
+                _LOG.warning("at the end of the run: %s", error)
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         for _ in range(self._recovery.before.prompts, self._config.loop.steps * self._config.loop.batch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -226,9 +227,7 @@ def test_asynchrony_hides_stragglers(tmp_path):
 def test_a_failed_step_ends_the_run_and_names_the_learner(tmp_path):
     with pytest.raises(ExceptionGroup) as caught:
         play(tmp_path, 1, ScriptedLearner(fail_at=3))
-    error = caught.value
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
+    error = first_of(caught.value)
     assert isinstance(error, PeerError) and "learner 0" in str(error) and "the script says so" in str(error)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -298,3 +297,43 @@ def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):
     with pytest.raises(ExceptionGroup) as caught:
         play(tmp_path / "limited", 1, ScriptedLearner(), change=poison, sections={"guard": {"set_aside": 1}})
     assert "2 prompts are set aside, more than guard.set_aside=1" in str(caught.value.exceptions)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_dies_and_when_every_prompt_is_trained_once_within_the_bound(tmp_path, seed):
+    """Rollouts die and are replaced, learners die and are resumed, the journal's tail is damaged; then the audit."""
+    rng, max_lag = random.Random(seed), (0, 3)[seed % 2]
+    sections = {"checkpoint": {"every_steps": rng.choice([1, 2, 5])}}
+    trained: list[int] = []
+
+    async def deaths(start, tasks, stop):
+        while True:
+            await asyncio.sleep(rng.uniform(0.05, 0.4))
+            victim = rng.randrange(2)
+            tasks[victim].cancel()
+            await asyncio.sleep(rng.uniform(0, 0.4))
+            tasks[victim] = start(victim)
+
+    fail_at = sorted(rng.sample(range(2, STEPS + 1), 2))
+    for last in (*fail_at, None):
+        learner = ScriptedLearner(last)
+        try:
+            play(tmp_path, max_lag, learner, incident=deaths, sections=sections)
+        except ExceptionGroup as error:
+            assert "the script says so" in str(first_of(error)), "only the learner ends a run"
+        first = learner.trained[0] if learner.trained else len(trained)
+        assert first % BATCH == 0 and first <= len(trained)
+        trained = trained[:first] + learner.trained
+        for file in sorted((tmp_path / "journal").glob("step-*.bin"))[-1:]:
+            data = bytearray(file.read_bytes())
+            data[-rng.randrange(1, len(data))] ^= 0xFF
+            file.write_bytes(data)
+    assert trained == list(range(STEPS * BATCH))
+    lines = whole_steps(tmp_path)
+    assert len(lines) == STEPS and all(int(lag) <= max_lag for line in lines for lag in line["lags"])
+
+
+def first_of(error):
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=150.0, help="seconds without a step or an end that count as a hang")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no run behind
     subprocess.run([EXAMPLE / "prepare.sh"], check=True)
     found = Findings()
     for seed in range(arguments.first, arguments.first + arguments.seeds):

@@ -195,10 +195,11 @@ class Hub:
             await self._socket.send_multipart([peer._identity, number, b"ask", *wire.encode(message)], copy=False)
             return await answer
         except zmq.ZMQError as error:
+            del self._answers[number]  # this one is told by what is raised here
             self.lose(peer, f"{peer.name} is gone: {error}")
             raise PeerError(peer.lost) from error
         finally:
-            del self._answers[number]
+            self._answers.pop(number, None)
 
     def _fail_all(self, reader: asyncio.Task) -> None:
         """No caller waits for a reader that died."""
