@@ -1,0 +1,63 @@
+"""A run directory is made once, gone on with on wish, and never mistaken for another run's."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_opd import config as configs
+from megatron_opd.errors import ConfigError
+from megatron_opd.launch import prepare
+from megatron_opd.placement import Resources, place
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Prepares `tmp_path`/run with changed settings; returns (directory, version)."""
+    (tmp_path / "prompts.jsonl").write_text("")
+    base = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": str(tmp_path / "prompts.jsonl")}}
+    base["run"] = {"dir": str(tmp_path / "run")}
+
+    def prepared(*, resume, **sections):
+        config = configs.resolve(OmegaConf.merge(base, sections))
+        return prepare(config, place(config, Resources(nodes=1), generation=True), resume=resume)
+
+    return prepared
+
+
+def test_a_directory_with_a_run_in_it_is_gone_on_with_on_wish_only(make):
+    folder, version = make(resume=True)  # there is none yet: it is started
+    assert version == 0
+    (folder / "metrics.jsonl").write_text(json.dumps({"version": 1}) + "\n")
+    (folder / "journal").mkdir()
+    (folder / "controller.json").write_text("{}")
+    key = (folder / "keys" / "controller.key").read_bytes()
+    with pytest.raises(ConfigError, match=r"is not empty; .* or go on with it by --resume"):
+        make(resume=False)
+    assert make(resume=True, loop={"steps": 7}, learner={"tensor_parallel": 2}) == (folder, 0)
+    assert configs.load(folder / "config.yaml").loop.steps == 7
+    assert (folder / "metrics.jsonl").read_text() == "", "no checkpoint: all steps are made again, from the journal"
+    assert (folder / "journal").exists() and not (folder / "controller.json").exists()
+    assert (folder / "keys" / "controller.key").read_bytes() != key, "keys are those of one start"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loop": {"batch": 5}}, r"cannot be resumed with loop\.batch=5 \(was 64\)"),
+        ({"run": {"seed": 1}, "estimator": {"name": "sft"}}, r"with estimator=.*sft.*, run\.seed=1 \(was 0\)"),
+    ],
+)
+def test_other_settings_than_before_are_refused_by_name(make, sections, message):
+    folder, _ = make(resume=False)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=message):
+        make(resume=True, **sections)
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_directory_of_something_else_is_left_alone(make, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="is not empty"):
+        make(resume=True)
