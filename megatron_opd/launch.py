@@ -214,9 +214,11 @@ class Children:
         show()
 
     def _is_on(self, leader: str) -> bool:
-        """Whether it runs, or is to run again."""
-        on = any(child.process.role == leader and (child.popen.poll() is None or child.failed) for child in self._children)
-        return on or any(process.role == leader for _, processes in self._due for process in processes)
+        """Whether it runs, or is to run again: replacements only while a controller is there to greet them."""
+        greeted = (self._folder / "controller.json").exists()
+        mine = [child for child in self._children if child.process.role == leader and (greeted or not child.replacement)]
+        due = greeted and any(process.role == leader for _, processes in self._due for process in processes)
+        return due or any(child.popen.poll() is None or child.failed for child in mine)
 
     def _ask_to_stop(self, leader: str) -> bool:
         """Whether the leader could be told: a controller that listens."""
@@ -231,7 +233,7 @@ class Children:
         return True
 
     def _supervise(self) -> None:
-        """Replaces what can be replaced, as often as is allowed."""
+        """Replaces what can be replaced, as often as is allowed; who dies before all had reported for the first time can not."""
         for child in self._children:
             for report in _listen(child):
                 if report["kind"] == REPLACE:
@@ -244,7 +246,8 @@ class Children:
         time.sleep(1.0)  # the cause and those it took with it die within moments: let all of them speak
         failed = [child for child in self._children if child.failed]
         replicas = {(child.process.role, child.process.replica) for child in failed}
-        if any(role not in _REPLACEABLE or self._restarts[role, n] >= self._config.restarts for role, n in replicas):
+        begun = (self._folder / "metrics.jsonl").exists()
+        if not begun or any(role not in _REPLACEABLE or self._restarts[role, n] >= self._config.restarts for role, n in replicas):
             self._raise_if_any_failed()
         for role, replica in sorted(replicas):
             self._replace(role, replica)

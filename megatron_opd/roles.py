@@ -107,6 +107,7 @@ async def _control(config: Config) -> None:
         log.close()
         recovery.close()
         await controller.stop()
+        (folder / "controller.json").unlink()  # who comes now, in the place of a lost replica, comes too late
 
 
 async def _assemble(config: Config, hub: rpc.Hub, *, replaced: bool) -> "Roles":

@@ -137,7 +137,7 @@ class Run:
             self._found.unclear_errors += 1
 
     def _role(self, name: str) -> psutil.Process | None:
-        for child in psutil.Process(self._launcher.pid).children():
+        for child in psutil.Process(self._launcher.pid).children() if self._launcher.poll() is None else ():
             try:
                 if child.cmdline()[3:5] == ["role", name]:
                     return child
@@ -165,7 +165,10 @@ class Run:
         self._launcher.send_signal(signal.SIGTERM)
 
     def _noise(self, rng: random.Random) -> None:
-        address = json.loads((self.folder / "controller.json").read_text())
+        file = self.folder / "controller.json"
+        if not file.exists():
+            return  # between two processes
+        address = json.loads(file.read_text())
         with socket.create_connection((address["host"], address["port"]), timeout=5) as stranger:
             stranger.sendall(rng.randbytes(100_000))
 

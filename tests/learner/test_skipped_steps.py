@@ -27,22 +27,31 @@ class Steep:
     needs = BASE.needs
 
     def __call__(self, scores):
-        logp = scores.top.student_logp[:, 0]
-        root = (logp - logp.detach()).sqrt()
-        return Estimate(loss=BASE(scores).loss + torch.where(scores.top.ids[:, 0] == 0, root, 0.0))
+        logp, steep = scores.top.student_logp[:, 0], (scores.top.ids[:, 0] == 0) & scores.mask
+        root = torch.where(steep, logp - logp.detach(), 1.0).sqrt()
+        return Estimate(loss=BASE(scores).loss + torch.where(steep, root, 0.0))
 
 
 def batch(seed, kind):
-    """Trajectories that are sound, or have a loss ("loss") or a gradient ("gradient") that is not finite."""
-    first, *others = trajectories(BASE.needs, vocab=31, seed=seed)
-    top_logp, top_ids = first.teacher.top_logp.copy(), first.teacher.top_ids.copy()
-    top_logp[0, 0] = np.nan if kind == "loss" else top_logp[0, 0]
-    sound = np.where(top_ids == 0, 1, top_ids)
-    sound[0] = (0, 2, 3, 4, 5) if kind == "gradient" else (1, 2, 3, 4, 5)
-    spoiled = [
-        replace(one, teacher=replace(one.teacher, top_ids=np.where(one.teacher.top_ids == 0, 30, one.teacher.top_ids))) for one in others
+    """Trajectories without id 0 among the teacher's; the first has a `kind` that is not finite: "loss", "gradient" or "" for neither."""
+    made = trajectories(BASE.needs, vocab=31, seed=seed)
+    top_ids = [without_zero(one.teacher.top_ids) for one in made]
+    top_logp = [one.teacher.top_logp.copy() for one in made]
+    if kind == "loss":
+        top_logp[0][0, 0] = np.nan
+    if kind == "gradient":
+        top_ids[0][0, 0] = 0
+    return [
+        replace(one, teacher=replace(one.teacher, top_ids=ids, top_logp=logp))
+        for one, ids, logp in zip(made, top_ids, top_logp, strict=True)
     ]
-    return [replace(first, teacher=replace(first.teacher, top_logp=top_logp, top_ids=sound)), *spoiled]
+
+
+def without_zero(ids):
+    ids = ids.copy()
+    for row in ids:
+        row[row == 0] = min(set(range(1, 31)) - set(row.tolist()))
+    return ids
 
 
 def play(folder, kinds):
