@@ -126,3 +126,44 @@ def test_lag_never_exceeds_its_bound_under_adversarial_lengths(max_lag, seed):
     worst = asyncio.run(play())
     assert worst <= max_lag
     assert worst == max_lag or train_s < 10  # a slow learner uses the whole bound
+
+
+def test_past_its_bytes_only_prompts_of_the_next_batch_start_and_nothing_is_stuck():
+    async def play():
+        store = TrajectoryStore(batch=2, max_lag=2, most_bytes=20)  # a trajectory here has 8 bytes
+        assert [await now(store.admit()) for _ in range(6)] == [*range(6)], "what has not finished has no size yet"
+        for index in range(2, 6):
+            await store.put(trajectory(index))
+        for index in (0, 1):
+            await store.put(trajectory(index))
+        await store.take()
+        await store.release(1)
+        assert await admit_all(store) == []  # 32 bytes wait, and the next batch has started long ago
+        await store.take()
+        await store.release(2)
+        assert await admit_all(store) == [6, 7, 8, 9]  # 16 bytes
+
+        tight = TrajectoryStore(batch=2, max_lag=2, most_bytes=1)
+        assert await now(tight.admit()) == 0
+        await tight.put(trajectory(0))
+        assert await admit_all(tight) == [1]  # it completes the next batch; more would not fit
+        await tight.put(trajectory(1))
+        assert len(await now(tight.take())) == 2
+
+    asyncio.run(play())
+
+
+def test_a_batch_comes_without_what_was_skipped_and_a_store_may_begin_anywhere():
+    async def play():
+        store = TrajectoryStore(batch=3, max_lag=0, version=5)
+        assert await admit_all(store) == [15, 16, 17]
+        for index in (15, 17):
+            await store.put(trajectory(index))
+        await store.skip(16)
+        assert [t.rollout.index for t in await now(store.take())] == [15, 17]
+        with pytest.raises(AssertionError, match="before it was trained"):
+            await store.release(7)
+        await store.release(6)
+        assert await admit_all(store) == [18, 19, 20]
+
+    asyncio.run(play())
