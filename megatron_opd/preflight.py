@@ -124,6 +124,7 @@ def check_configs(config: Config) -> None:
     needs = build_estimator(config).needs
     student = load_hf_config(config.student.path)
     _check_split("student", config.student.path, student, tensor=config.learner.tensor_parallel, pipeline=config.learner.pipeline_parallel)
+    architecture(student).require_trainable(tensor=config.learner.tensor_parallel, sequence_parallel=config.learner.sequence_parallel)
     if needs.generation:
         architecture(student).require_divisible(tensor=config.rollout.tensor_parallel, pipeline=1)
     if needs.generation or config.eval.prompts:

@@ -127,7 +127,8 @@ def _transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in T, and pipeline stages must tell each other
-        moe_token_dispatcher_type="alltoall",  # unused, but its default is refused beside variable_seq_lengths
+        moe_token_dispatcher_type="alltoall",  # its default is refused beside variable_seq_lengths, with and without experts
+        **_experts(arch),
         # Zeros rather than no initialization: that would also leave out the marks by which the gradient norm tells
         # sharded weights from replicated ones.
         init_method=nn.init.zeros_,
@@ -156,15 +157,35 @@ def fp8_settings(recipe: str | None) -> dict[str, str]:
     return {"fp8": "hybrid" if recipe in ("current", "delayed") else "e4m3", "fp8_recipe": names[recipe]}
 
 
+def _experts(arch: Architecture) -> dict[str, Any]:
+    """Without a loss for balance, which is no part of the objective."""
+    if arch.experts is None:
+        return {}
+    if arch.experts.active == 1 and arch.experts.normalised:
+        raise ConfigError("num_experts_per_tok=1 with normalised probabilities is not supported: the router would get no gradient; use 2")
+    return {
+        "num_moe_experts": arch.experts.count,
+        "moe_ffn_hidden_size": arch.ffn,
+        "moe_router_topk": arch.experts.active,
+        "moe_router_pre_softmax": not arch.experts.normalised,  # softmax behind the choice is normalised by itself
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
 def _te_spec(arch: Architecture) -> ModuleSpec:
     if importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError("device=cuda needs Transformer Engine; install transformer-engine[pytorch] or set device=cpu")
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    return get_gpt_layer_with_transformer_engine_spec(num_experts=_count(arch), moe_grouped_gemm=False, qk_layernorm=arch.qk_norm)
+
+
+def _count(arch: Architecture) -> int | None:
+    return arch.experts.count if arch.experts is not None else None
 
 
 def _local_spec(arch: Architecture, parallel: ParallelConfig) -> TransformerBlockSubmodules:
     """Megatron's own linear layers with a norm that knows sequence parallelism and an attention that knows packing."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts=_count(arch), moe_grouped_gemm=False, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _CPU = torch.device("cpu")
@@ -27,8 +29,11 @@ def install() -> None:
         `device="cuda"`, `Tensor.cuda()`: schedules, gradient clipping and tied embeddings create or move tensors there.
         `Tensor.type()`: the optimizers accept parameters of type torch.cuda.*Tensor only.
 
-    What needs no answer because it stays off on CPU: fused kernels and Transformer Engine. Streams are not asked for:
-    gradient reduction and parameter gathering overlap with compute by asynchronous collectives alone.
+        the dispatcher of tokens to experts: it copies counts to the host on a stream of its own. They are there already.
+        the router of experts: without Transformer Engine it reads a name that nobody defined; None means torch's product.
+
+    What needs no answer because it stays off on CPU: fused kernels and Transformer Engine. Elsewhere streams are not asked
+    for: gradient reduction and parameter gathering overlap with compute by asynchronous collectives alone.
     """
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = _synchronize
@@ -36,6 +41,9 @@ def install() -> None:
     torch.cuda.get_rng_state = _get_rng_state
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
+    moe_utils.te_general_gemm = None
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # anything but None: None makes it ask for a stream
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_are_here
     if not any(isinstance(mode, _CudaMeansCpu) for mode in _get_current_function_mode_stack()):
         _CudaMeansCpu().__enter__()
 
@@ -54,6 +62,15 @@ def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool =
 
 def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
     torch.set_rng_state(new_state)
+
+
+def _counts_are_here(dispatcher: MoEAlltoAllTokenDispatcher, point: str, counts: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Leaves numpy arrays where the dispatcher's own copies to the host do."""
+    for name in ("input_splits", "output_splits", "output_splits_tp"):
+        splits = getattr(dispatcher, name)
+        if isinstance(splits, torch.Tensor):
+            setattr(dispatcher, name, splits.numpy())
+    return counts
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -1,6 +1,6 @@
 """What the supported model families look like, read from a Hugging Face config. It knows shapes, not tensors.
 
-A new dense family is one line in `FAMILIES`, when its tensors carry the names of `mapping.rules`. Every field of a config is
+A new family is one line in `FAMILIES`, when its tensors carry the names of `mapping.rules`. Every field of a config is
 read, known to leave the logits alone, or refused by name: a field that nobody knows may change the numbers.
 """
 
@@ -9,6 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_opd.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A feed-forward layer of experts, each token going to a few: softmax over all, the `active` largest are kept."""
+
+    count: int
+    active: int
+    normalised: bool  # the kept probabilities are scaled to sum to 1
+    block: str  # Hugging Face name of the layer's module
+    projections: tuple[str, str, str]  # Hugging Face names of an expert's gate, up and down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +32,8 @@ class Family:
     output_bias: Callable[[Any], bool] = lambda config: bool(config.attention_bias)  # of the attention output projection
     mlp_bias: Callable[[Any], bool] = lambda config: False
     windows: Callable[[Any], tuple[int | None, ...]] = lambda config: (None,) * config.num_hidden_layers  # see Architecture
+    ffn: Callable[[Any], int] = lambda config: config.intermediate_size
+    experts: Callable[[Any], Experts | None] = lambda config: None
 
 
 def _windows_by_layer_type(hf_config: Any) -> tuple[int | None, ...]:
@@ -33,18 +46,52 @@ def _windows_by_layer_type(hf_config: Any) -> tuple[int | None, ...]:
     return tuple(known[kind] for kind in hf_config.layer_types)
 
 
+def _one_window(hf_config: Any) -> tuple[int | None, ...]:
+    return (hf_config.sliding_window,) * hf_config.num_hidden_layers
+
+
+def _no_bias(hf_config: Any) -> bool:
+    return False
+
+
+_ROUTING = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok"})
 _LAYER_TYPES = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 FAMILIES = {
     "llama": Family(reads=frozenset({"attention_bias", "mlp_bias"}), mlp_bias=lambda config: bool(config.mlp_bias)),
     "mistral": Family(
         reads=frozenset({"sliding_window"}),
-        qkv_bias=lambda config: False,
-        output_bias=lambda config: False,
-        windows=lambda config: (config.sliding_window,) * config.num_hidden_layers,
+        qkv_bias=_no_bias,
+        output_bias=_no_bias,
+        windows=_one_window,
+    ),
+    "mixtral": Family(
+        reads=_ROUTING | {"sliding_window"},
+        qkv_bias=_no_bias,
+        output_bias=_no_bias,
+        windows=_one_window,
+        experts=lambda config: Experts(
+            count=config.num_local_experts,
+            active=config.num_experts_per_tok,
+            normalised=True,
+            block="block_sparse_moe",
+            projections=("w1", "w3", "w2"),
+        ),
     ),
     "qwen2": Family(reads=_LAYER_TYPES, qkv_bias=lambda config: True, output_bias=lambda config: False, windows=_windows_by_layer_type),
     "qwen3": Family(reads=_LAYER_TYPES | {"attention_bias"}, qk_norm=True, windows=_windows_by_layer_type),
+    "qwen3_moe": Family(
+        reads=_ROUTING | {"attention_bias", "moe_intermediate_size", "norm_topk_prob", "max_window_layers"},
+        qk_norm=True,
+        ffn=lambda config: config.moe_intermediate_size,
+        experts=lambda config: Experts(
+            count=config.num_experts,
+            active=config.num_experts_per_tok,
+            normalised=config.norm_topk_prob,
+            block="mlp",
+            projections=("gate_proj", "up_proj", "down_proj"),
+        ),
+    ),
 }
 
 _READ = frozenset(
@@ -60,11 +107,16 @@ _FIXED = {
     "use_mrope": (False,),
     "is_encoder_decoder": (False,),
     "chunk_size_feed_forward": (0,),
+    "decoder_sparse_step": (1,),  # experts in every layer
+    "mlp_only_layers": ([],),
+    "router_jitter_noise": (0,),
+    "use_sliding_window": (False,),  # where no family reads it
 }
 # Names, token ids, initial values, what else a model returns, and leftovers of tools: none reaches the logits.
 _WITHOUT_EFFECT = frozenset(
     "_name_or_path architectures auto_map transformers_version dtype torch_dtype initializer_range use_cache return_dict "
     "output_hidden_states output_attentions id2label label2id num_labels problem_type pad_token_id bos_token_id eos_token_id "
+    "output_router_logits router_aux_loss_coef "
     "pretraining_tp tokenizer_class is_llama_config transformers.js_config _attn_implementation_autoset attn_implementation "
     "unsloth_fixed unsloth_version".split()
 )
@@ -96,6 +148,7 @@ class Architecture:
     qkv_bias: bool
     linear_bias: bool  # on every linear layer but the LM head
     windows: tuple[int | None, ...]  # by layer: how many tokens one attends to, itself included; None is all before it
+    experts: Experts | None = None  # None: one feed-forward layer for all tokens; else `ffn` is the size of each expert
 
     def require_divisible(self, *, tensor: int, pipeline: int) -> None:
         """Raises ConfigError unless so many tensor- and pipeline-parallel ranks share the model evenly; names the numbers that do."""
@@ -110,6 +163,13 @@ class Architecture:
                 divisors = [str(n) for n in range(1, size + 1) if size % n == 0]
                 use = ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
                 raise ConfigError(f"{setting}={ranks} does not divide {name}={size}; use {use}")
+
+    def require_trainable(self, *, tensor: int, sequence_parallel: bool) -> None:
+        """Raises ConfigError where Megatron-Core would refuse the first training step: experts over tensor ranks want tokens split too."""
+        if self.experts is not None and tensor > 1 and not sequence_parallel:
+            raise ConfigError(
+                f"tensor_parallel={tensor} trains {self.experts.count} experts only with sequence_parallel=true; switch it on or use 1"
+            )
 
 
 def architecture(hf_config: Any) -> Architecture:
@@ -130,19 +190,25 @@ def architecture(hf_config: Any) -> Architecture:
             f"{hf_config.model_type} with bias on the attention output ({output_bias}) but not alike on the MLP ({mlp_bias}) is not "
             "supported: Megatron-Core has one switch for both; use a model with attention_bias equal to mlp_bias"
         )
+    experts = family.experts(hf_config)
+    if experts is not None and output_bias:
+        raise ConfigError(
+            f"{hf_config.model_type} with attention_bias=True is not supported: Megatron-Core would give the experts biases too"
+        )
     return Architecture(
         layers=hf_config.num_hidden_layers,
         hidden=hf_config.hidden_size,
         heads=hf_config.num_attention_heads,
         groups=hf_config.num_key_value_heads,
         head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
-        ffn=hf_config.intermediate_size,
+        ffn=family.ffn(hf_config),
         vocab=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias(hf_config),
         linear_bias=output_bias,
         windows=family.windows(hf_config),
+        experts=experts,
     )
 
 
@@ -154,7 +220,7 @@ def numerics(hf_config: Any) -> dict[str, Any]:
 def _check_fields(hf_config: Any, family: Family) -> None:
     """A field that is null says nothing."""
     for name, value in numerics(hf_config).items():
-        if name in _FIXED and value not in _FIXED[name]:
+        if name in _FIXED and name not in family.reads and value not in _FIXED[name]:
             wanted = " or ".join(map(repr, _FIXED[name]))
             raise ConfigError(f"{hf_config.model_type}: {name}={value!r} is not supported; wanted {wanted}")
         if name not in _READ | family.reads | _FIXED.keys():

@@ -80,7 +80,7 @@ class DistributedCheckpoint:
             if key not in self._tensors:
                 raise CheckpointError(f"{self.folder} lacks {key}; it is incomplete or config.json describes another model")
             got, want = self.spec(key).shape, parameter.stored_shape
-            padded = not parameter.stacked and len(got) == len(want) == 2 and got[0] >= want[0] and got[1] == want[1]
+            padded = not parameter.stack and len(got) == len(want) == 2 and got[0] >= want[0] and got[1] == want[1]
             if got != want and not padded:
                 raise CheckpointError(f"{self.folder}: {key} has shape {list(got)}, wanted {list(want)}")
         unknown = sorted(self.keys - wanted.keys())
@@ -102,7 +102,7 @@ class DistributedCheckpoint:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{self.folder}: {parameter.key} does not load: {error}") from error
-        return target[0] if parameter.stacked else target
+        return target.reshape(parameter.shape)
 
     def _read_metadata(self) -> Metadata:
         path = self.folder / "metadata.json"
@@ -214,7 +214,8 @@ class _OneByOne(DefaultSavePlanner):
     def __init__(self, parameters: Sequence[Parameter], get: Callable[[Parameter], Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self._get = get
-        self._parameter = {(parameter.key, parameter.layer): parameter for parameter in parameters}
+        self._parameter = {(parameter.key, parameter.place): parameter for parameter in parameters}
+        self._stacked = {parameter.key: len(parameter.stack) for parameter in parameters}  # axes that are no part of a parameter
         self._held: tuple[Parameter, Tensor] | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -224,12 +225,11 @@ class _OneByOne(DefaultSavePlanner):
             return content
         assert write_item.tensor_data is not None and write_item.index.offset is not None
         chunk = write_item.tensor_data.chunk
-        stacked = (write_item.index.fqn, chunk.offsets[0]) in self._parameter
-        parameter = self._parameter[write_item.index.fqn, chunk.offsets[0] if stacked else None]
-        block = self._full(parameter)[None] if stacked else self._full(parameter)
-        for axis, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            block = block.narrow(axis, 0 if stacked and axis == 0 else start, length)
-        return block
+        stacked = self._stacked[write_item.index.fqn]
+        block = self._full(self._parameter[write_item.index.fqn, tuple(chunk.offsets[:stacked])])
+        for axis, (start, length) in enumerate(zip(chunk.offsets[stacked:], chunk.sizes[stacked:], strict=True)):
+            block = block.narrow(axis, start, length)
+        return block.reshape(chunk.sizes)
 
     def _full(self, parameter: Parameter) -> Tensor:
         if self._held is None or self._held[0] is not parameter:
@@ -280,5 +280,4 @@ def _chunks(parameter: Parameter) -> Iterator[ChunkStorageMetadata]:
 
 
 def _box(parameter: Parameter, offsets: Sequence[int], sizes: Sequence[int]) -> ChunkStorageMetadata:
-    front, one = ([], []) if parameter.layer is None else ([parameter.layer], [1])
-    return ChunkStorageMetadata(offsets=torch.Size([*front, *offsets]), sizes=torch.Size([*one, *sizes]))
+    return ChunkStorageMetadata(offsets=torch.Size([*parameter.place, *offsets]), sizes=torch.Size([1 for _ in parameter.place] + [*sizes]))

@@ -202,6 +202,15 @@ def _layer_rules(arch: Architecture, layer: int) -> Iterator[Rule]:
     yield rule(
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), ("post_attention_layernorm.weight",), ((hidden,),), _Replicated()
     )
+    if arch.experts is not None:
+        block, (gate, up, down) = arch.experts.block, arch.experts.projections
+        yield rule(("mlp.router.weight",), (f"{block}.gate.weight",), ((arch.experts.count, hidden),), _Replicated())
+        for number in range(arch.experts.count):
+            ours, theirs = f"mlp.experts.local_experts.{number}", f"{block}.experts.{number}"
+            halves = (f"{theirs}.{gate}.weight", f"{theirs}.{up}.weight")
+            yield rule((f"{ours}.linear_fc1.weight",), halves, ((ffn, hidden), (ffn, hidden)), _GateUp())
+            yield rule((f"{ours}.linear_fc2.weight",), (f"{theirs}.{down}.weight",), ((hidden, ffn),), _Split(axis=1))
+        return
     yield rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), ((ffn, hidden), (ffn, hidden)), _GateUp())
     if arch.linear_bias:
         yield rule(("mlp.linear_fc1.bias",), ("mlp.gate_proj.bias", "mlp.up_proj.bias"), ((ffn,), (ffn,)), _GateUp())
@@ -238,21 +247,16 @@ class Parameter:
     """One full parameter and where a distributed checkpoint keeps it."""
 
     key: str
-    shape: tuple[int, ...]  # without the axis along which layers are stacked
-    layer: int | None  # index along that axis, the first; None: not stacked
-    layers: int  # length of that axis
+    shape: tuple[int, ...]  # without the axes along which layers, and experts in them, are stacked
+    place: tuple[int, ...]  # index along each of those axes, which are the first; (): not stacked
+    stack: tuple[int, ...]  # their lengths
     axis: int  # of `shape`: along it the parameter is cut into blocks
     blocks: int
 
     @property
-    def stacked(self) -> bool:
-        """Whether all layers share the key."""
-        return self.layer is not None
-
-    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of all that the key holds."""
-        return (self.layers, *self.shape) if self.stacked else self.shape
+        return (*self.stack, *self.shape)
 
 
 def stored(rule: Rule, arch: Architecture, *, tensor: int = 1) -> Parameter:
@@ -260,13 +264,17 @@ def stored(rule: Rule, arch: Architecture, *, tensor: int = 1) -> Parameter:
 
     It is cut into the blocks that `tensor` ranks read; any other number of ranks can read them too.
     """
-    in_layer = re.fullmatch(r"decoder\.layers\.\d+\.(.*)", rule.megatron[-1])
+    key, place, stack = rule.megatron[0], (), ()
+    if in_layer := re.fullmatch(r"decoder\.layers\.\d+\.(.*)", rule.megatron[-1]):
+        key, place, stack = f"decoder.layers.{in_layer[1]}", (rule.layer,), (arch.layers,)
+    if in_expert := re.fullmatch(r"(decoder\.layers\.mlp\.experts)\.local_experts\.(\d+)\.(.*)", key):
+        key, place, stack = f"{in_expert[1]}.experts.{in_expert[3]}", (*place, int(in_expert[2])), (*stack, arch.experts.count)
     axis, blocks = rule.layout.blocks(tensor)
     return Parameter(
-        key=f"decoder.layers.{in_layer[1]}" if in_layer else rule.megatron[0],
+        key=key,
         shape=tuple(rule.layout.join([torch.empty(shape, device="meta") for shape in rule.shapes]).shape),
-        layer=rule.layer if in_layer else None,
-        layers=arch.layers,
+        place=place,
+        stack=stack,
         axis=axis,
         blocks=blocks,
     )
@@ -274,11 +282,13 @@ def stored(rule: Rule, arch: Architecture, *, tensor: int = 1) -> Parameter:
 
 def extra_states(arch: Architecture) -> tuple[str, ...]:
     """Keys of the objects that Megatron's modules expect beside their parameters; all are None where nothing is in FP8."""
-    modules = (
-        "self_attention.linear_qkv",
-        "self_attention.core_attention",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    )
-    return tuple(f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.layers}" for layer in range(arch.layers) for module in modules)
+    modules = ["self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"]
+    places = [f"{layer}" for layer in range(arch.layers)]
+    states = [(f"{module}._extra_state", places, f"{arch.layers}") for module in modules]
+    for module in ("linear_fc1", "linear_fc2"):
+        if arch.experts is None:
+            states.append((f"mlp.{module}._extra_state", places, f"{arch.layers}"))
+        else:
+            shards = [f"{layer}.{number}" for layer in places for number in range(arch.experts.count)]
+            states.append((f"mlp.experts.experts.{module}._extra_state", shards, f"{arch.layers}.{arch.experts.count}"))
+    return tuple(f"decoder.layers.{name}/shard_{shard}_{of}" for name, shards, of in states for shard in shards)

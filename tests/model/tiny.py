@@ -5,11 +5,32 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_opd.types import IdSet, MicroBatch
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+}
 SIZES = {
     "vocab_size": 507,
     "hidden_size": 48,
@@ -24,8 +45,8 @@ SIZES = {
 
 
 def config(family: str, **overrides) -> PretrainedConfig:
-    head = {"head_dim": 16} if family == "qwen3" else {}
-    return CONFIGS[family](**{**SIZES, **head, **overrides})
+    head = {"head_dim": 16} if family.startswith("qwen3") else {}
+    return CONFIGS[family](**{**SIZES, **head, **EXPERTS.get(family, {}), **overrides})
 
 
 def write_model(folder: Path, family: str, **overrides) -> str:
@@ -45,7 +66,7 @@ def read_config(folder: str) -> PretrainedConfig:
 
 
 def read_model(folder: str) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
 
 
 def pack(sequences: Sequence[torch.Tensor]) -> MicroBatch:

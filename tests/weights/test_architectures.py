@@ -29,6 +29,11 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor"
         ("qwen3", {"attention_bias": True}, "attention_bias equal to mlp_bias"),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "there is no sliding_window"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "layer_types holds 'chunked_attention'"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported; wanted 1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
+        ("qwen3_moe", {"attention_bias": True}, "experts biases|attention_bias equal to mlp_bias"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )  # fmt: skip
@@ -38,7 +43,7 @@ def test_what_would_change_the_numbers_is_refused_by_name(family, overrides, mes
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="'phi' is not supported; use one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match="'phi' is not supported; use one of llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"):
         architecture(PhiConfig())
 
 
@@ -62,3 +67,12 @@ def test_windows_are_told_by_layer():
     assert architecture(tiny.config("mistral", sliding_window=None)).windows == (None,) * 4
     assert architecture(tiny.config("qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=3)).windows == (None,) * 3 + (7,)
     assert architecture(tiny.config("qwen2", sliding_window=7, max_window_layers=3)).windows == (None,) * 4
+
+
+def test_experts_over_tensor_ranks_want_sequence_parallelism():
+    arch = architecture(tiny.config("mixtral"))
+    arch.require_trainable(tensor=1, sequence_parallel=False)
+    arch.require_trainable(tensor=2, sequence_parallel=True)
+    architecture(tiny.config("qwen3")).require_trainable(tensor=2, sequence_parallel=False)
+    with pytest.raises(ConfigError, match="tensor_parallel=2 trains 5 experts only with sequence_parallel=true"):
+        arch.require_trainable(tensor=2, sequence_parallel=False)
