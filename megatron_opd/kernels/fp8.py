@@ -9,7 +9,8 @@ range enough, and its third bit of mantissa halves the error of the usual e5m2. 
 small difference p - q of two large vectors, and the error of an FP8 logit does not shrink with it. So there are three policies for them:
 
 - "bf16": operands in bfloat16, sums in float32. The default.
-- "fp8x2": both operands as a sum of two FP8 terms, x = hi + lo, and all four products of them: nearer to the truth than bfloat16.
+- "fp8x2": both operands as a sum of two FP8 terms, x = hi + lo, and all four products of them: nearer to the truth than bfloat16. Scales
+  are powers of 2, so that two terms of 4 bits hold the 8 of a bfloat16 number whole.
 - "fp8": one FP8 product. Adds noise that `noise` measures.
 
 Dimension key: T packed targets, C tokens of one chunk, D hidden size, v vocabulary rows of this rank.
@@ -65,7 +66,9 @@ class Backend(Protocol):
 
 
 class DelayedScale:
-    """The scale of one role from the largest magnitudes of its past, by TransformerEngine's rule. The first tensor is its own past."""
+    """The scale of one role from the largest magnitudes of its past, by TransformerEngine's rule, rounded down to a power of 2. The first
+    tensor is its own past.
+    """
 
     def __init__(self, first: torch.Tensor) -> None:
         self.scale = torch.ones(1, device=first.device)
@@ -78,7 +81,7 @@ class DelayedScale:
         """After each tensor."""
         amax = self.history.amax(0)
         scale = torch.where((amax > 0) & amax.isfinite(), self._largest / amax / 2**MARGIN, self.scale)
-        self.scale.copy_(scale.clamp_max_(torch.finfo(torch.float32).max))
+        self.scale.copy_(torch.ldexp(torch.ones_like(scale), torch.frexp(scale.clamp_max_(2.0**126)).exponent - 1))
         self.history.copy_(self.history.roll(1, 0))
         self.history[0] = 0
 

@@ -88,18 +88,17 @@ def to_codes(scaled: torch.Tensor) -> torch.Tensor:
     return scaled.clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def scale_from(amax: torch.Tensor, *, for_inf: float, power_of_2: bool) -> torch.Tensor:
-    """The scale that takes `amax` to the largest code, 1 where there is none; rounded down to a power of 2 if asked."""
+def scale_from(amax: torch.Tensor, *, for_inf: float) -> torch.Tensor:
+    """The power of 2 that takes `amax` nearest to the largest code without passing it, 1 where there is none."""
     scale = torch.full_like(amax, LARGEST) / amax  # a number over a tensor would be its reciprocal times the number
     scale = scale.masked_fill(scale.isinf(), for_inf)
-    if power_of_2:
-        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+    scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)
 
 
 def current_scale(x: torch.Tensor) -> torch.Tensor:
     """[1], of a whole tensor."""
-    return scale_from(x.abs().amax().float().view(1), for_inf=torch.finfo(torch.float32).max, power_of_2=False)
+    return scale_from(x.abs().amax().float().view(1), for_inf=torch.finfo(torch.float32).max)
 
 
 def per_tensor(x: torch.Tensor, scale: torch.Tensor) -> Codes:
@@ -112,7 +111,7 @@ def blocks(x: torch.Tensor, *, square: bool = False) -> Codes:
     height = BLOCK if square else 1
     x_ahcb = _in_blocks(x, height, BLOCK)
     amax = x_ahcb.abs().amax((1, 3), keepdim=True).float()
-    scale = scale_from(amax, for_inf=torch.finfo(x.dtype).max, power_of_2=True)
+    scale = scale_from(amax, for_inf=torch.finfo(x.dtype).max)
     codes = to_codes(x_ahcb.float() * scale).flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]]
     return Codes(codes=codes, scale_inv=scale.reciprocal()[:, 0, :, 0], block=(height, BLOCK))
 

@@ -43,7 +43,7 @@ class TransformerEngine:
         directions = {"rowwise": rowwise, "columnwise": columnwise}
         match self.recipe:
             case "current":
-                return te.Float8CurrentScalingQuantizer(dtype, device=x.device, **directions)(x)
+                return te.Float8CurrentScalingQuantizer(dtype, device=x.device, force_pow_2_scales=True, **directions)(x)
             case "blockwise":
                 return te.Float8BlockQuantizer(dtype, block_scaling_dim=2 if role.operand == "rows" else 1, **directions)(x)
             case "mxfp8":

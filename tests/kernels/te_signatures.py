@@ -173,6 +173,7 @@ def stand_in(version: str, emulation: type) -> tuple[dict[str, ModuleType], Call
         return build
 
     def current(x, given):
+        assert given["force_pow_2_scales"]
         return [per_tensor(x, current_scale(x)).values()] * 2
 
     def delayed(x, given):
