@@ -2,7 +2,7 @@
 
     python tools/bench_learner_memory.py --json FILE       # one CPU core, 12 GB, 2 minutes; models of the examples must be there
 
-Each side is one learner of an example's own config in a fresh process that takes two steps of four micro-batches of random tokens; what
+Each side is one learner of an example's own config in a fresh process that takes two steps of two micro-batches of random tokens; what
 is shown is its largest resident set. "fused" is `learner.kernels=chunked`, "materialised" is `learner.kernels=reference`, which holds the
 logits of the micro-batch as anybody's loss on full logits does. Estimators: `sft`, which goes through `logps`, and `dense_kl`.
 
@@ -15,18 +15,19 @@ import multiprocessing
 import os
 import resource
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_opd.config import Config, load
+from megatron_opd.config import Config, EstimatorConfig, TeacherConfig, load
 from megatron_opd.runtime.environment import environment
 from megatron_opd.types import Rollout, Segment, TeacherScores, Trajectory
 
 SIDES = {"fused": "chunked", "materialised": "reference"}
-PROMPT_TOKENS, RESPONSE_TOKENS, MICRO_BATCHES = 32, 96, 4
+PROMPT_TOKENS, RESPONSE_TOKENS, MICRO_BATCHES = 32, 96, 2
 LIMIT_S = 300
 
 
@@ -74,10 +75,9 @@ def alone(example: str, estimator: str, kernels: str, folder: Path) -> tuple[int
 
 def settings(example: str, estimator: str, kernels: str, folder: Path) -> Config:
     """The example's own, but for estimator, kernels and where its models are."""
-    teacher = ["teacher.backend=none"] if estimator == "sft" else [f"teacher.path={folder}/models/teacher"]
-    given = [f"student.path={folder}/models/student", f"estimator.name={estimator}", f"learner.kernels={kernels}"]
-    plain = Path("examples", example, "config.yaml")
-    return load(plain, [*given, *teacher, "eval.prompts=", "eval.verifier=", "estimator.settings={}"])
+    given = load(Path("examples", example, "config.yaml"), [f"student.path={folder}/models/student", f"learner.kernels={kernels}"])
+    teacher = TeacherConfig(backend="none") if estimator == "sft" else replace(given.teacher, path=f"{folder}/models/teacher")
+    return replace(given, estimator=EstimatorConfig(name=estimator), teacher=teacher)
 
 
 def _learn(config: Config, sending: "multiprocessing.connection.Connection") -> None:
@@ -101,7 +101,7 @@ def _learn(config: Config, sending: "multiprocessing.connection.Connection") -> 
 
 
 def trajectories(config: Config, vocabulary: int, teacher_hidden: int) -> list[Trajectory]:
-    """Four micro-batches of random tokens, and hidden states of the teacher if it has any."""
+    """Two micro-batches of random tokens, and hidden states of the teacher if it has any."""
     rng = np.random.default_rng(0)
     count = MICRO_BATCHES * config.learner.micro_batch_tokens // (PROMPT_TOKENS + RESPONSE_TOKENS)
     found = []
@@ -110,6 +110,8 @@ def trajectories(config: Config, vocabulary: int, teacher_hidden: int) -> list[T
         segments = (Segment(first_token=0, version=0),)
         rollout = Rollout(index=index, prompt_ids=prompt, response_ids=response, segments=segments, finish_reason="stop")
         hidden = rng.normal(size=(RESPONSE_TOKENS, teacher_hidden)).astype(np.float32)
+        if config.teacher.dtype == "bfloat16":
+            hidden = (hidden.view(np.uint32) >> 16).astype(np.uint16)  # its bits
         teacher = TeacherScores(index=index, hidden=hidden) if teacher_hidden else None
         found.append(Trajectory(rollout=rollout, teacher=teacher))
     return found
