@@ -27,7 +27,7 @@ class RolloutBackend(Protocol):
         """Joins the learner's weight group."""
 
     async def receive_weights(self, version: int) -> dict[str, float]:
-        """Pauses, receives, swaps, resumes; returns seconds by part."""
+        """Receives while requests run on, then pauses, swaps, resumes; returns seconds by part."""
 
     async def close(self) -> None:
         """Gives up what runs and ends the engine."""

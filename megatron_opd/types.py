@@ -294,7 +294,7 @@ class SendWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiveWeights:
-    """Controller to rollout -> Done: pause, receive, swap, resume."""
+    """Controller to rollout -> Done: receive beside generation, then pause, swap, resume."""
 
     version: int
 

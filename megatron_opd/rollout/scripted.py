@@ -39,14 +39,12 @@ class ScriptedRollout:
         self._settings = settings
         self._version = settings.version
         self._receiver: BroadcastReceiver | None = None
-        self._resumed = asyncio.Event()
-        self._resumed.set()
         self._closed = False
         logits_V = np.random.default_rng(settings.seed).normal(size=settings.vocab_size)
         self._logp_V = logits_V - np.log(np.exp(logits_V).sum())
 
     async def generate(self, prompt: Prompt) -> Rollout:
-        """Waits `token_s` per token, stands still during weight updates, and stamps each token with the version of its moment."""
+        """Waits `token_s` per token, and stamps each token with the version of its moment."""
         settings = self._settings
         random = np.random.default_rng((settings.seed, prompt.index))
         longest = settings.max_response_tokens
@@ -90,26 +88,22 @@ class ScriptedRollout:
         )
 
     async def receive_weights(self, version: int) -> dict[str, float]:
-        """Stands still until the update is there (at once without a transport), then goes on under `version`."""
+        """Goes on under `version` when the update is there, at once without a transport."""
         start = time.perf_counter()
-        self._resumed.clear()
         if self._receiver is not None:
             await asyncio.to_thread(self._drain, self._receiver, version)
         self._version = version
-        self._resumed.set()
-        return {"pause": 0.0, "receive": time.perf_counter() - start, "swap": 0.0, "resume": 0.0}
+        return {"receive": time.perf_counter() - start, "pause": 0.0, "swap": 0.0, "resume": 0.0}
 
     async def close(self) -> None:
         """Ends running requests with a PeerError."""
         self._closed = True
-        self._resumed.set()
         if self._receiver is not None:
             self._receiver.close()
 
     async def _emit(self, length: int, index: int) -> tuple[Segment, ...]:
         segments: list[Segment] = []
         for token in range(length):
-            await self._resumed.wait()
             if self._closed:
                 raise PeerError(f"scripted rollout was closed before it finished prompt {index}")
             if not segments or segments[-1].version != self._version:

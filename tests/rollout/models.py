@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCAB = 507
 END = 3
@@ -35,6 +35,36 @@ def save_model(folder: Path, seed: int, *, tied: bool = False, vocab: int = VOCA
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         if not tied:
             model.lm_head.weight.mul_(3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_experts(folder: Path, seed: int) -> str:
+    """A model whose feed-forward layers are experts."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=2048,
+        eos_token_id=END,
+        pad_token_id=END,
+        initializer_range=0.1,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.lm_head.weight.mul_(3)
     model.save_pretrained(folder)
     return str(folder)
 
