@@ -54,7 +54,12 @@ class Fleet:
         return self._hub.live(self._role)
 
     async def _free(self) -> Peer:
-        if not self._replaced_within_s and not self._ready():
+        if not self._ready():
+            await self._replacement()
+        return min(self._ready(), key=lambda peer: peer.outstanding)
+
+    async def _replacement(self) -> None:
+        if not self._replaced_within_s:
             raise PeerError(f"no {self._role} is left; see the logs of the {self._role}s")
         try:
             async with asyncio.timeout(self._replaced_within_s), self._hub.changed:
@@ -63,7 +68,6 @@ class Fleet:
             raise PeerError(
                 f"no {self._role} is left, and none was started in {self._replaced_within_s:g} s; see the logs of the {self._role}s"
             ) from None
-        return min(self._ready(), key=lambda peer: peer.outstanding)
 
 
 class Samplers(Fleet):

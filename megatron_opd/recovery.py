@@ -47,7 +47,7 @@ class Recovery:
         self._student = config.student.path
         self._checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         self.digest = digest(config)
-        self.before = _beginning(self.digest)
+        self.before = beginning(self.digest)
         self.learner_folder: Path | None = None
         if (found := self._checkpoints.newest()) is not None:
             self.learner_folder, self.before = found
@@ -156,7 +156,8 @@ def digest(config: Config) -> str:
     return words.hexdigest()
 
 
-def _beginning(settings: str) -> RunState:
+def beginning(settings: str) -> RunState:
+    """Where a run stands before its first step."""
     return RunState(
         version=0,
         prompts=0,

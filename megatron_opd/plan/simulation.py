@@ -10,14 +10,18 @@ import itertools
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megatron_opd.config import Config, GuardConfig
 from megatron_opd.controller import Controller, Roles
+from megatron_opd.data.faults import Limits
+from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.placement import Process
 from megatron_opd.plan.costs import Costs, Lengths
+from megatron_opd.recovery import beginning
+from megatron_opd.store.journal import Paid
 from megatron_opd.types import (
     Address,
     Done,
@@ -34,6 +38,8 @@ from megatron_opd.types import (
     TeacherScores,
     Train,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,7 @@ class _Role:
 
     def __init__(self, role: str, replica: int, costs: Costs, site: _Site) -> None:
         self.hello = Hello(role=role, replica=replica, pid=0, host="")
+        self.lost = ""  # none is, here
         self.outstanding = 0
         self.busy_s = 0.0
         self.worked_s = 0.0
@@ -260,8 +267,9 @@ class _Log:
     reports: list[StepReport] = field(default_factory=list)
     worked: list[list[float]] = field(default_factory=list)
     busy: list[list[float]] = field(default_factory=list)
+    size: int = 0  # bytes on disk
 
-    def write(self, report: StepReport, seconds: dict[str, float], *, mean_length: float, stopped: float) -> None:
+    def write(self, report: StepReport, seconds: dict[str, float], *, prompts: range, mean_length: float, stopped: float) -> None:
         """One step."""
         self.times.append(asyncio.get_running_loop().time())
         self.reports.append(report)
@@ -287,6 +295,47 @@ class _Log:
         for role, before, after in zip(self.roles, start, end, strict=True):
             shares.setdefault(role.hello.role, []).append((after - before) / span)
         return {role: sum(values) / len(values) for role, values in shares.items()}
+
+
+class _Hub:
+    """Everyone is there from the start to the end."""
+
+    def __init__(self, roles: list[_Role]) -> None:
+        self._roles = roles
+        self.changed = asyncio.Condition()
+
+    def live(self, role: str) -> list[_Role]:
+        """The replicas of a role."""
+        return [one for one in self._roles if one.hello.role == role]
+
+    def everyone(self) -> list[_Role]:
+        """All roles."""
+        return self._roles
+
+    ever = everyone
+
+
+class _NoRecovery:
+    """A simulated run finds nothing and leaves nothing."""
+
+    before = beginning("")
+    learner_folder = None
+    digest = ""
+    paid = Paid()
+
+    def due(self, version: int) -> bool:
+        """Never."""
+        return False
+
+    async def keep(self, record: Rollout | TeacherScores) -> None:
+        """Nowhere."""
+
+    async def settle(self, version: int) -> None:
+        """At once."""
+
+    async def when_there_is_room(self, write: Callable[[], T]) -> T:
+        """There always is."""
+        return write()
 
 
 class _Prompts:
@@ -337,9 +386,13 @@ async def _run(config: Config, processes: tuple[Process, ...], costs: Costs, len
     ]
     turns = [asyncio.create_task(role.turn()) for role in (*teachers, *engines)]
     log = _Log([learner, *engines, *teachers])
-    roles = Roles(learner=learner, rollouts=engines, teachers=teachers)  # type: ignore[arg-type]
+    hub: Any = _Hub(log.roles)
+    rollouts = Samplers(hub, learner, width=1, timeout_s=config.run.peer_timeout_s, replaced_within_s=0) if engines else None
+    roles = Roles(hub=hub, learner=learner, rollouts=rollouts, teachers=Fleet(hub, "teacher", replaced_within_s=0) if teachers else None)
+    prompts: Any = _Prompts(max(1, round(lengths.prompt)))
+    limits = Limits(vocab_size=1, response_tokens=lengths.longest)
     try:
-        await Controller(config, _Prompts(max(1, round(lengths.prompt))), roles, log).run("")  # type: ignore[arg-type]
+        await Controller(config, prompts, roles, log, _NoRecovery(), limits).run("", asyncio.Event())  # type: ignore[arg-type]
     finally:
         for turn in turns:
             turn.cancel()
