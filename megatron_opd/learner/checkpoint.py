@@ -36,7 +36,7 @@ class TrainingState:
 
     def __init__(self, module: GPTModel, optimizer: ChainedOptimizer, parallel: ParallelConfig) -> None:
         self._module = module
-        (self._optimizer,) = optimizer.chained_optimizers  # one dtype, no experts
+        (self._optimizer,) = optimizer.chained_optimizers  # one dtype, no experts split over ranks
         self._parallel = parallel
         self._writing: Path | None = None
         self._queue = AsyncCallsQueue()
