@@ -359,7 +359,7 @@ class PlanConfig:
     prompt_tokens: int = 0  # mean; 0: half of data.max_prompt_tokens
     response_tokens: int = 0  # mean before the cut at rollout.max_response_tokens; 0: half of that
     spread: float = 0.6  # standard deviation of the logarithm of a response's length
-    steps: int = 12  # simulated for each lag, after as many steps as fill the store
+    steps: int = 12  # simulated for each lag at least, once the loop is steady
     calibration: str = ""  # directory of a finished run with loop.max_lag=0, whose speeds replace those of the table
 
     def __post_init__(self) -> None:

@@ -158,6 +158,20 @@ def test_a_heterogeneous_job_gives_the_learner_a_component_of_its_own(tmp_path, 
     assert seen["learner"] == "n1" and seen["teacher"] == "n2"
 
 
+@needs_slurm
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"slurm": {"options": ["--partition=nowhere"]}}, "Invalid partition name specified"),
+        ({"cluster": {"nodes": 3}}, "Node count specification invalid"),
+    ],
+)
+def test_what_sbatch_refuses_is_told_in_its_own_words(tmp_path, monkeypatch, variables, sections, message):
+    with pytest.raises(ConfigError, match=f"sbatch refuses .*job.sbatch: .*{message}"):
+        submit(config(tmp_path, **sections), tmp_path, monkeypatch, variables)
+    assert not (tmp_path / "job.sbatch").exists(), "the directory may be used again"
+
+
 def test_what_no_script_can_do_is_refused(tmp_path, monkeypatch):
     made = config(tmp_path)
     with pytest.raises(ConfigError, match=r"slurm\.time is missing; name the job's time limit"):

@@ -350,9 +350,14 @@ class _Prompts:
 
 
 def simulate(config: Config, processes: tuple[Process, ...], costs: Costs, lengths: Lengths, max_lag: int) -> Outcome:
-    """Runs the loop at a lag until it is steady, then for `plan.steps` steps."""
-    warm = max_lag + 2
-    loop = replace(config.loop, max_lag=max_lag, steps=warm + config.plan.steps + max_lag + 1, export_every=0, exact_lag=False)
+    """Runs the loop at a lag until it is steady, then for `plan.steps` steps, in whole rounds of `max_lag + 1`.
+
+    The batches of a round start together and stay close to each other for a long time, so a part of a round is no mean. The
+    last round is left out: nothing starts in it any more.
+    """
+    round_steps = max_lag + 1
+    warm, counted = max(2, 2 * round_steps), -(-config.plan.steps // round_steps) * round_steps
+    loop = replace(config.loop, max_lag=max_lag, steps=warm + counted + round_steps, export_every=0, exact_lag=False)
     made = replace(config, loop=loop, guard=GuardConfig(length_growth=0, support_mass=0))
     clock = _Clock()
     events = asyncio.SelectorEventLoop(clock)
@@ -361,7 +366,7 @@ def simulate(config: Config, processes: tuple[Process, ...], costs: Costs, lengt
         log = events.run_until_complete(_run(made, processes, costs, lengths))
     finally:
         events.close()
-    return log.outcome(warm - 1, warm - 1 + config.plan.steps)
+    return log.outcome(warm - 1, warm - 1 + counted)
 
 
 async def _run(config: Config, processes: tuple[Process, ...], costs: Costs, lengths: Lengths) -> _Log:

@@ -22,9 +22,9 @@ class Bench:
     tiny: tiny_run.Tiny
     variables: dict[str, str]
 
-    def run(self, *words, check=True):
+    def run(self, *words):
         done = subprocess.run(words, env=self.variables, capture_output=True, text=True, timeout=120)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done
 
     def submit(self, config, *overrides):
@@ -55,7 +55,7 @@ def bench(tmp_path_factory):
 
 
 def test_two_nodes_reach_the_losses_of_one_machine(bench):
-    sections = {**LAYOUT, "loop": {"steps": 2}}
+    sections = {**LAYOUT, "loop": {"steps": 2}, "rollout": {"max_running": 1}}  # else draws depend on who meets whom in the engine
     job = bench.submit(bench.tiny.config("job", **sections))
     bench.wait(job, "job", "COMPLETED")
     tiny_run.train(bench.tiny.config("local", **sections))
@@ -83,18 +83,3 @@ def test_a_killed_role_ends_the_job_with_its_name(bench):
     assert bench.log("kill").strip().splitlines()[-1].startswith("teacher-0 was killed by SIGKILL")
     ours = str(bench.tiny.folder / "kill" / "config.yaml")
     assert not [process for process in psutil.process_iter(["cmdline"]) if ours in (process.info["cmdline"] or [])], "orphans"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["slurm.time="], "ConfigError: slurm.time is missing; name the job's time limit, e.g. slurm.time=24:00:00"),
-        (["slurm.options=[--partition=nowhere]"], "invalid partition specified: nowhere"),
-        (["cluster.nodes=3"], "Node count specification invalid"),
-    ],
-)
-def test_what_cannot_be_submitted_is_refused_in_one_line(bench, words, message):
-    config = bench.tiny.config("refused", **LAYOUT)
-    launch = (sys.executable, "-m", "megatron_opd", "launch", "slurm", str(config), "slurm.time=5", *words)
-    done = bench.run(*launch, check=False)
-    assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
