@@ -19,8 +19,9 @@ from megatron_opd.config import RolloutConfig
 from megatron_opd.errors import ConfigError, PeerError, WeightSyncError
 from megatron_opd.rollout.engine import EngineSettings, VLLMRollout, end_ids
 from megatron_opd.types import JoinTransport, Needs, Prompt, Segment, TensorSpec
+from megatron_opd.weights import transport
 from megatron_opd.weights.transport import BroadcastSender
-from tests.rollout.models import END, VOCAB, forward_logp, save_model
+from tests.rollout.models import END, VOCAB, forward_logp, save_experts, save_model
 
 pytestmark = pytest.mark.engines
 EVERYTHING = Needs(behaviour_logp=True, head=4, draws=3)
@@ -36,18 +37,23 @@ class Lab:
         )
         settings = EngineSettings(rollout=rollout, path=path, needs=needs, max_model_len=512, timeout_s=timeout_s, seed=1)
         self.engine = self.runner.run(VLLMRollout.start(settings))
-        self.sender = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=1 << 16, timeout_s=timeout_s)
-        address = self.sender.listen(1)
-        self.runner.run(self.engine.join_transport(JoinTransport(address=address, first_rank=1, world_size=2)))
+        self.connect(timeout_s)
         self.pool = ThreadPoolExecutor(1)
         self.pid = int(self.engine._name.split("pid ")[1].rstrip(")"))
 
-    async def update(self, version, path):
-        tensors = load_file(Path(path) / "model.safetensors")
+    def connect(self, timeout_s):
+        """A new sender, which the engine joins."""
+        self.sender = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=1 << 16, timeout_s=timeout_s)
+        address = self.sender.listen(1)
+        self.runner.run(self.engine.join_transport(JoinTransport(address=address, first_rank=1, world_size=2)))
+
+    async def update(self, version, path, change=dict):
+        """`change` makes of the stored tensors those that are sent."""
+        tensors = change(load_file(Path(path) / "model.safetensors"))
         manifest = tuple(TensorSpec(name=n, dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape)) for n, t in tensors.items())
-        sent = self.pool.submit(self.sender.send, version, manifest, list(tensors.items()))
+        self.sent = self.pool.submit(self.sender.send, version, manifest, list(tensors.items()))
         seconds = await self.engine.receive_weights(version)
-        sent.result()
+        self.sent.result()
         return seconds
 
     def rollouts(self, prompts, *, update=None, after_s=0.2):
@@ -79,6 +85,19 @@ def models(tmp_path_factory):
 def lab(models, engine_environment):
     lab = Lab(models["old"], temperature=0.7, needs=EVERYTHING)
     yield lab
+    lab.close()
+
+
+def test_experts_follow_an_update(tmp_path, engine_environment):
+    """vLLM's own reload leaves packed experts as they were."""
+    paths = {version: save_experts(tmp_path / str(version), version) for version in (0, 1)}
+    lab = Lab(paths[0], temperature=1.0, needs=Needs(behaviour_logp=True))
+    for version in (0, 1):
+        if version:
+            lab.runner.run(lab.update(version, paths[version]))
+        for rollout in lab.rollouts(prompts(3)):
+            assert rollout.segments == (Segment(first_token=0, version=version),)
+            assert_equals_reference(rollout, reference(rollout, paths, 1.0), 1e-3)
     lab.close()
 
 
@@ -229,6 +248,54 @@ def test_a_sender_that_says_nothing_is_a_weight_sync_error_within_the_timeout(ti
     with pytest.raises(WeightSyncError, match=r"version 3: sender 127.0.0.1:[0-9]+ announced nothing within 4 s"):
         tied_lab.runner.run(tied_lab.engine.receive_weights(3))
     assert time.monotonic() - start < 10
+
+
+def damage(monkeypatch):
+    """The third bucket leaves with a bit that its digest does not know."""
+    real, sent = transport._Flight, []
+
+    def faulty(group, bucket, buffer):
+        sent.append(bucket)
+        if len(sent) == 3:
+            buffer[5] ^= 1
+        return real(group, bucket, buffer)
+
+    monkeypatch.setattr(transport, "_Flight", faulty)
+
+
+@pytest.mark.parametrize(
+    ("fault", "change", "message"),
+    [
+        (damage, dict, r"version 3, bucket 2 \(first tensor model\.layers\.0.*bytes changed on the way"),
+        (None, lambda tensors: {**tensors, "model.more": torch.zeros(1)}, "version 3 .*it holds model.more, which is unknown"),
+        (None, lambda tensors: dict(list(tensors.items())[:-1]), "version 3 .*it lacks model"),
+    ],
+)
+def test_a_failed_update_leaves_the_old_weights_whole_and_a_new_transport_brings_the_next(
+    tied_lab, models, monkeypatch, fault, change, message
+):
+    tied_lab.connect(20.0)
+
+    async def run():
+        tasks = [asyncio.create_task(tied_lab.engine.generate(p)) for p in prompts(3)]
+        await asyncio.sleep(0.05)
+        with monkeypatch.context() as patch:
+            if fault:
+                fault(patch)
+            start = time.monotonic()
+            with pytest.raises(WeightSyncError, match=message):
+                await tied_lab.update(3, models["tied_new"], change)
+            assert time.monotonic() - start < 10
+        return await asyncio.gather(*tasks, *(tied_lab.engine.generate(p) for p in prompts(2)))
+
+    with pytest.raises(WeightSyncError, match="rollout worker 1"):
+        rollouts = tied_lab.runner.run(run())
+        for rollout in rollouts:
+            assert rollout.segments == (Segment(first_token=0, version=2),)
+            assert_equals_reference(rollout, reference(rollout, {2: models["tied_old"]}, 1.0), 1e-3)
+        tied_lab.sent.result()
+    tied_lab.connect(4.0)
+    tied_lab.runner.run(tied_lab.update(2, models["tied_old"]))
 
 
 def test_closing_gives_up_running_requests_and_ends_the_process(tied_lab):
