@@ -142,15 +142,16 @@ class Samplers(Fleet):
         """The answers of all replicas.
 
         Raises:
-            SetbackError: some failed, and are lost now.
-            PeerError: one failed, and replicas are not replaced.
+            SetbackError: some failed; those that do not go on are lost now.
+            PeerError: one of those, and replicas are not replaced.
         """
         answers = await asyncio.gather(*calls.values(), return_exceptions=True)
         failed = {peer: answer for peer, answer in zip(calls, answers, strict=True) if isinstance(answer, BaseException)}
         for peer, failure in failed.items():
             if not isinstance(failure, PeerError):
                 raise failure
-            self._give_up(peer, failure)
+            if not isinstance(failure, SetbackError):
+                self._give_up(peer, failure)
         if failed:
             raise SetbackError("; ".join(map(str, failed.values())))
         return answers

@@ -338,6 +338,8 @@ async def _rollout(config: Config, process: Process) -> None:
     async def answer(number: bytes, message: object) -> None:
         try:
             await desk.answer(number, await handle(message))
+        except WeightSyncError as error:  # the old weights are whole and live: the next attempt may succeed
+            await desk.fail(number, str(error), setback=True)
         except Exception as error:
             await desk.fail(number, f"{type(error).__name__}: {error}")
             raise

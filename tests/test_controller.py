@@ -15,7 +15,7 @@ from megatron_opd import config as configs
 from megatron_opd.controller import Controller, Roles
 from megatron_opd.data.faults import Limits
 from megatron_opd.data.prompts import PromptSource, Record
-from megatron_opd.errors import PeerError
+from megatron_opd.errors import PeerError, WeightSyncError
 from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery, rewind
@@ -92,6 +92,8 @@ async def serve(desk, answer):
     async def one(number, message):
         try:
             await desk.answer(number, await answer(message))
+        except WeightSyncError as error:
+            await desk.fail(number, str(error), setback=True)
         except ValueError as error:
             await desk.fail(number, str(error))
 
@@ -281,6 +283,27 @@ def test_a_lost_rollout_is_replaced_its_prompts_reissued_and_the_new_one_has_the
     summary = play(tmp_path, max_lag, learner, replicas=replicas, incident=lose_one)
     assert learner.trained == list(range(STEPS * BATCH))
     assert summary.observed_lag_max <= max_lag
+
+
+@pytest.mark.parametrize("failures", [2, 5])
+def test_an_update_that_fails_is_sent_again_to_replicas_that_go_on(tmp_path, monkeypatch, failures):
+    left, receive = [*range(failures)], ScriptedRollout.receive_weights
+
+    async def fail_sometimes(self, version):
+        if version == 3 and left:
+            left.pop()
+            raise WeightSyncError("bytes changed on the way")
+        return await receive(self, version)
+
+    monkeypatch.setattr(ScriptedRollout, "receive_weights", fail_sometimes)
+    learner = ScriptedLearner()
+    if failures == 5:
+        with pytest.raises(ExceptionGroup) as caught:
+            play(tmp_path, 1, learner, replicas=1)
+        assert "weights version 3 did not reach the rollouts in 5 attempts" in str(first_of(caught.value))
+    else:
+        play(tmp_path, 1, learner)
+        assert learner.trained == list(range(STEPS * BATCH))
 
 
 def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):

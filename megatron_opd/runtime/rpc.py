@@ -331,9 +331,9 @@ class AsyncDesk:
         """Sends the answer to a request."""
         await self._socket.send_multipart(_answer(number, message), copy=False)
 
-    async def fail(self, number: bytes, reason: str) -> None:
-        """Tells the controller that a request failed, and why."""
-        await self._socket.send_multipart(_failure(number, reason))
+    async def fail(self, number: bytes, reason: str, *, setback: bool = False) -> None:
+        """Tells the controller that a request failed, why, and whether this role goes on."""
+        await self._socket.send_multipart(_failure(number, reason, b"setback" if setback else b"failure"))
 
     def close(self) -> None:
         """Flushes answers (for a second at most) and closes."""
