@@ -14,8 +14,9 @@ from megatron_opd import config as configs
 from megatron_opd import placement
 from megatron_opd.config import Config
 from megatron_opd.errors import ConfigError
-from megatron_opd.plan.costs import Costs, Lengths, lengths_of
+from megatron_opd.plan.costs import Costs
 from megatron_opd.plan.gpus import DECODE_BASE
+from megatron_opd.plan.lengths import Lengths, lengths_of
 from megatron_opd.plan.memory import Model
 from megatron_opd.plan.simulation import simulate
 from megatron_opd.types import RunSummary

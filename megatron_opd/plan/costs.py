@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_opd.config import Config
 from megatron_opd.errors import ConfigError
 from megatron_opd.plan import gpus
+from megatron_opd.plan.lengths import lengths_of
 from megatron_opd.plan.memory import BYTES, Model
 from megatron_opd.types import Needs
 
@@ -21,27 +22,6 @@ class Costs:
     prefill_token_s: float
     publish_s: float
     running: int  # sequences that a replica decodes at a time
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lengths:
-    """Of prompts and responses, in tokens."""
-
-    prompt: float
-    response: float  # mean before the cut
-    spread: float  # standard deviation of the logarithm
-    longest: int
-
-
-def lengths_of(config: Config) -> Lengths:
-    """What `plan` says, or half of what is allowed."""
-    given, longest = config.plan, config.rollout.max_response_tokens
-    return Lengths(
-        prompt=given.prompt_tokens or config.data.max_prompt_tokens / 2,
-        response=given.response_tokens or longest / 2,
-        spread=given.spread,
-        longest=longest,
-    )
 
 
 def payload_bytes(needs: Needs, teacher: Model | None) -> int:

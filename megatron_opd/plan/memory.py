@@ -13,6 +13,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.model.count import StageCount, count_stages
 from megatron_opd.model.parallel import ParallelConfig
 from megatron_opd.plan.gpus import CPU_RESERVE_BYTES, GPU_RESERVE_BYTES, GPUS, KERNEL_COPIES
+from megatron_opd.plan.lengths import lengths_of
 from megatron_opd.preflight import load_hf_config
 from megatron_opd.types import Needs
 from megatron_opd.weights.architectures import Architecture, architecture
@@ -67,7 +68,7 @@ def memory_of(config: Config, needs: Needs, student: Model, teacher: Model | Non
     found = {"learner": learner_memory(config, config.learner, needs, student, teacher)}
     if needs.generation:
         found["rollout"] = _engine(student, config.rollout.dtype, config.rollout.tensor_parallel, config.rollout.kv_cache_bytes)
-        found["rollout"]["sync"] = 2.0 * max(config.learner.bucket_bytes, _largest(student.arch) * BYTES[config.rollout.dtype])
+        found["rollout"]["sync"] = _sync(config, student)
         if config.run.colocated:
             trained = {name: found["learner"][name] for name in ("weights", "gradients", "optimizer")}
             found["learner"]["sync"] = 0.0
@@ -96,23 +97,31 @@ def learner_memory(config: Config, settings: LearnerConfig, needs: Needs, studen
 def _stage(config: Config, settings: LearnerConfig, needs: Needs, student: Model, teacher: Model | None, stage: StageCount) -> Memory:
     width, tensor = BYTES[settings.dtype], settings.tensor_parallel
     last = stage.stage == settings.pipeline_parallel - 1
-    rows = settings.logps_chunk_tokens * student.arch.vocab / tensor * 4 * KERNEL_COPIES if last else 0.0
+    tokens = _micro_batch(config, settings)
+    chunk = min(settings.logps_chunk_tokens, tokens)
+    rows = chunk * student.arch.vocab / tensor * 4 * KERNEL_COPIES if last else 0.0
     if last and needs.divergence and teacher is not None:  # its LM head, and its logits beside the student's
         rows = 2 * rows + teacher.arch.hidden * teacher.arch.vocab / tensor * BYTES[config.teacher.dtype]
     return {
         "weights": stage.parameters * width,
         "gradients": stage.parameters * 4,  # float32, one buffer
         "optimizer": stage.parameters * (12 if width == 2 else 8) / settings.data_parallel,  # two moments; a master where weights are not
-        "activations": _activations(settings, student.arch, stage) * width,
+        "activations": _activations(settings, student.arch, stage, tokens) * width,
         "kl_workspace": rows,
-        "sync": 2.0 * max(settings.bucket_bytes, _largest(student.arch) * BYTES[config.rollout.dtype]),
+        "sync": _sync(config, student),
     }
 
 
-def _activations(settings: LearnerConfig, arch: Architecture, stage: StageCount) -> float:
+def _micro_batch(config: Config, settings: LearnerConfig) -> float:
+    """Tokens of the largest one: as many as are allowed, or all that a data-parallel rank has."""
+    lengths = lengths_of(config)
+    return min(settings.micro_batch_tokens, config.loop.batch * (lengths.prompt + lengths.response) / settings.data_parallel)
+
+
+def _activations(settings: LearnerConfig, arch: Architecture, stage: StageCount, tokens: float) -> float:
     """Values that a backward pass needs: those of Korthikanti et al. (arXiv:2205.05198), counted for GQA, SwiGLU and an
     attention that keeps no score matrix. 1F1B keeps pipeline - stage micro-batches."""
-    tokens, tensor = settings.micro_batch_tokens, settings.tensor_parallel
+    tensor = settings.tensor_parallel
     spread = tensor if settings.sequence_parallel else 1
     residual = arch.hidden / spread
     query, key = arch.heads * arch.head_dim / tensor, arch.groups * arch.head_dim / tensor
@@ -141,9 +150,11 @@ def _scorer(config: Config, teacher: Model) -> Memory:
     }
 
 
-def _largest(arch: Architecture) -> int:
-    """Values of the largest tensor, which travels whole."""
-    return arch.hidden * max(arch.vocab, arch.ffn)
+def _sync(config: Config, student: Model) -> float:
+    """A bucket and the next one; a tensor travels whole, so a large one makes a bucket of its own, and a small model only one."""
+    width, arch = BYTES[config.rollout.dtype], student.arch
+    largest = max(config.learner.bucket_bytes, arch.hidden * max(arch.vocab, arch.ffn) * width)
+    return 2.0 * min(largest, student.parameters * width)
 
 
 def require_fit(config: Config, needs: Needs, student: Model, teacher: Model | None, memory: dict[str, Memory]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from megatron_opd.config import Config
 from megatron_opd.placement import Process, cluster_resources, place
 from megatron_opd.plan.calibration import calibrated
-from megatron_opd.plan.costs import Costs, Lengths, costs_of, lengths_of, payload_bytes
+from megatron_opd.plan.costs import Costs, costs_of, payload_bytes
+from megatron_opd.plan.lengths import Lengths, lengths_of
 from megatron_opd.plan.memory import Memory, Model, limit_of, memory_of, require_fit
 from megatron_opd.plan.simulation import Outcome, simulate
 from megatron_opd.preflight import build_estimator, check_configs, needs_of

@@ -19,7 +19,8 @@ from megatron_opd.controller import Controller, Roles
 from megatron_opd.data.faults import Limits
 from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.placement import Process
-from megatron_opd.plan.costs import Costs, Lengths
+from megatron_opd.plan.costs import Costs
+from megatron_opd.plan.lengths import Lengths
 from megatron_opd.recovery import beginning
 from megatron_opd.store.journal import Paid
 from megatron_opd.types import (

@@ -10,7 +10,8 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.model.count import count_stages
 from megatron_opd.model.parallel import ParallelConfig
 from megatron_opd.placement import cluster_resources, place
-from megatron_opd.plan.costs import costs_of, lengths_of, payload_bytes
+from megatron_opd.plan.costs import costs_of, payload_bytes
+from megatron_opd.plan.lengths import lengths_of
 from megatron_opd.plan.memory import Model, memory_of, require_fit
 from megatron_opd.plan.plan import make_plan, stage_seconds
 from megatron_opd.preflight import build_estimator, check_configs, load_hf_config

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from megatron_opd import config as configs
 from megatron_opd.placement import Resources, place
 from megatron_opd.plan import gpus
-from megatron_opd.plan.costs import Costs, Lengths
+from megatron_opd.plan.costs import Costs
+from megatron_opd.plan.lengths import Lengths
 from megatron_opd.plan.simulation import simulate
 
 BASE = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": "p"}}

@@ -55,7 +55,7 @@ def bench(tmp_path_factory):
 
 
 def test_two_nodes_reach_the_losses_of_one_machine(bench):
-    sections = {**LAYOUT, "loop": {"steps": 2}, "rollout": {"max_running": 1}}  # else draws depend on who meets whom in the engine
+    sections = {**LAYOUT, "loop": {"steps": 2}, "rollout": {"max_running": 1}}  # rounding depends on who decodes together
     job = bench.submit(bench.tiny.config("job", **sections))
     bench.wait(job, "job", "COMPLETED")
     tiny_run.train(bench.tiny.config("local", **sections))
