@@ -78,6 +78,10 @@ def state(job):
     return words.split("JobState=")[1].split()[0]
 
 
+def nodes():
+    return subprocess.run(["sinfo", "--noheader", "--format=%T %D"], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def wait(job, wanted, folder, limit_s=60):
     deadline = time.monotonic() + limit_s
     while (found := state(job)) != wanted:
@@ -141,11 +145,12 @@ def test_a_node_that_goes_down_puts_the_job_back_into_the_queue(tmp_path, monkey
 
 
 def wait_requeued(job):
-    """A requeued job may not start for two minutes; the test need not wait for that."""
+    """A requeued job may not start for two minutes; the test need not wait for that, but for the end of the first attempt."""
     deadline = time.monotonic() + 30
-    while state(job) != "PENDING":
-        assert time.monotonic() < deadline, state(job)
+    while state(job) != "PENDING" or nodes() != "idle 2":
+        assert time.monotonic() < deadline, (state(job), nodes())
         time.sleep(0.2)
+    time.sleep(1)
     subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
 
 
