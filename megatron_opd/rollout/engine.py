@@ -58,7 +58,6 @@ class EngineSettings:
             )
 
 
-@cache
 def end_ids(path: str | Path) -> tuple[int, ...]:
     """The ids that end a response: those of generation_config.json, else of config.json.
 
@@ -225,6 +224,12 @@ class VLLMRollout:
             raise error(f"{self._name} could not {what}: {failure}") from failure
 
 
+@cache
+def _stop_token_ids(path: str) -> list[int]:
+    """Read once, not for every request."""
+    return list(end_ids(path))
+
+
 def sampling_params(settings: EngineSettings, key: str, index: int) -> SamplingParams:
     """How the request of prompt `index` is sampled; `key` names what is recorded beside it."""
     rollout, needs = settings.rollout, settings.needs
@@ -234,7 +239,7 @@ def sampling_params(settings: EngineSettings, key: str, index: int) -> SamplingP
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         max_tokens=rollout.max_response_tokens,
-        stop_token_ids=list(end_ids(settings.path)),
+        stop_token_ids=_stop_token_ids(settings.path),
         logprobs=0 if needs.behaviour_logp or needs.draws else None,
         flat_logprobs=True,
         detokenize=False,

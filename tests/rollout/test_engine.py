@@ -154,8 +154,9 @@ def test_everything_reported_equals_the_forward_pass_at_temperature_0_7(lab, mod
 
 
 def test_draws_follow_the_tail_of_b(lab, models):
-    same = Prompt(index=0, token_ids=prompts(1)[0].token_ids)
-    firsts = [(r, slice(0, r.draw_sizes[0])) for r in lab.rollouts([same] * 200)]
+    same = prompts(1)[0]
+    again = [Prompt(index=index, token_ids=same.token_ids) for index in range(200)]  # what is drawn follows from the index
+    firsts = [(r, slice(0, r.draw_sizes[0])) for r in lab.rollouts(again)]
     drawn = np.concatenate([np.repeat(r.draw_ids[first], r.draw_counts[first]) for r, first in firsts])
     logp = forward_logp(models["old"], same.token_ids, [0], 0.7)[0]
     tail = logp.exp().index_fill(0, logp.topk(4)[1], 0)

@@ -82,8 +82,8 @@ def test_a_killed_engine_process_ends_the_run(tiny):
 def test_killed_rollouts_and_teachers_are_replaced_and_a_request_to_stop_ends_the_run_in_order(tiny):
     name = "replaced"
     process, children = endless(tiny, name, supervision={"backoff_s": 0.1})
-    role(children, "rollout").send_signal(signal.SIGKILL)
-    role(children, "teacher").send_signal(signal.SIGKILL)
+    for victim in [role(children, "rollout"), role(children, "teacher")]:  # both are looked up while both live
+        victim.send_signal(signal.SIGKILL)
     await_steps(tiny, name, process, len(tiny.steps(name)) + 6)  # more than the store held
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
