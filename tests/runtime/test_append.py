@@ -1,30 +1,35 @@
 """What a full disk would cut short is not there at all, and can be written again."""
 
-import resource
-import signal
+import subprocess
+import sys
 
 import pytest
 
+IN_A_PROCESS_OF_ITS_OWN = """
+import resource, signal, sys
 from megatron_opd.runtime.append import append
 
-
-@pytest.fixture
-def short_files():
-    """Files end at 100 bytes: the system writes what fits and says how much that was, as a full disk does."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+path, sync = sys.argv[1], sys.argv[2] == "True"
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # the system writes what fits and says how much that was, as a full disk does
+read = lambda: open(path, "rb").read()
+with open(path, "ab", buffering=0) as file:
+    append(file, b"x" * 80, sync=sync)
+    for _ in range(2):
+        try:
+            append(file, b"y" * 80, sync=sync)
+        except OSError:
+            assert read() == b"x" * 80
+        else:
+            raise AssertionError("80 bytes do not fit behind 80 of 100")
+    append(file, b"z" * 20, sync=sync)
+assert read() == b"x" * 80 + b"z" * 20
+"""
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_all_or_nothing(tmp_path, short_files, sync):
-    with (tmp_path / "file").open("ab", buffering=0) as file:
-        append(file, b"x" * 80, sync=sync)
-        for _ in range(2):
-            with pytest.raises(OSError):
-                append(file, b"y" * 80, sync=sync)
-            assert (tmp_path / "file").read_bytes() == b"x" * 80
-        append(file, b"z" * 20, sync=sync)
-    assert (tmp_path / "file").read_bytes() == b"x" * 80 + b"z" * 20
+def test_all_or_nothing(tmp_path, sync):
+    """The limit on files would hold for this process's own output too."""
+    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, str(tmp_path / "file"), str(sync)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
