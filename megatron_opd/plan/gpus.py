@@ -29,7 +29,7 @@ FORWARD_SHARE = 0.50  # of `flops`; assumed: a forward pass alone, without optim
 DECODE_SHARE = 0.60  # of `memory_bytes_s`; assumed
 LINK_SHARE = 0.70  # of a link in large collectives; assumed
 DECODE_LAYER_S = 15e-6  # launches and, between GPUs, two small reductions of one layer; assumed
-PAUSE_S = 0.023  # vLLM stops and starts around a weight update; measured here, 20 ms of it a fixed sleep of the engine
+PAUSE_S = 0.006  # vLLM stops, swaps and starts around a weight update; measured here
 
 GPU_RESERVE_BYTES = 4e9  # CUDA context, NCCL, library workspaces, fragmentation; assumed
 CPU_RESERVE_BYTES = 0.6e9  # Python with torch and Megatron; measured here, replaced by tools/plan_check.py's own

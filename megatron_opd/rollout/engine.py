@@ -46,6 +46,7 @@ class EngineSettings:
     timeout_s: float = 120.0  # of any single answer from engine or transport
 
     def __post_init__(self) -> None:
+        _stop_token_ids(self.path)  # a model that cannot end is told of before its engine starts
         if self.needs.head + self.needs.draws > 0 and self.rollout.top_p < 1:
             raise ConfigError(
                 f"rollout.top_p={self.rollout.top_p} cuts the distribution that head and tail draws are taken from; "
