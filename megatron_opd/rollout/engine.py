@@ -290,6 +290,12 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "tensor_parallel_size": rollout.tensor_parallel,
         "enable_prefix_caching": not rollout.keep_kv,
         "enforce_eager": settings.device == "cpu",
+        # A seeded request's draw for a prompt that was read in part is taken back, which vLLM cannot do with generators on CPU: read whole.
+        **(
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, settings.max_model_len)}
+            if settings.device == "cpu"
+            else {}
+        ),
         "logprobs_mode": "processed_logprobs",
         "logits_processors": [draws.NAME] if recording else None,
         "additional_config": {draws.KEY: recorder} if recording else {},
