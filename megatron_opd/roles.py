@@ -161,7 +161,7 @@ def _learner(config: Config, process: Process) -> None:
     if config.run.colocated and needs_of(config).generation:
         from megatron_opd.rollout.inprocess import InProcessRollout
 
-        rollout = InProcessRollout(_engine_settings(config, 0), rank=process.rank)
+        rollout = InProcessRollout(_engine_settings(config), rank=process.rank)
     else:
         rollout = None
     given = config.teacher if config.teacher.backend != "none" else None
@@ -303,7 +303,7 @@ def _by_tokens(limit: int) -> Batches:
     return batches
 
 
-def _engine_settings(config: Config, replica: int) -> "EngineSettings":
+def _engine_settings(config: Config) -> "EngineSettings":
     from megatron_opd.rollout.engine import EngineSettings
 
     return EngineSettings(
@@ -320,7 +320,7 @@ def _engine_settings(config: Config, replica: int) -> "EngineSettings":
 async def _rollout(config: Config, process: Process) -> None:
     from megatron_opd.rollout.engine import VLLMRollout
 
-    backend: RolloutBackend = await VLLMRollout.start(_engine_settings(config, process.replica))
+    backend: RolloutBackend = await VLLMRollout.start(_engine_settings(config))
     desk = _open(rpc.AsyncDesk, config, process)
     await desk.greet()
 
