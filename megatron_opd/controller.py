@@ -120,6 +120,7 @@ class Controller:
         Raises:
             PeerError: the learner failed.
         """
+        self._roles.hub.dismiss()
         for peer in self._roles.hub.everyone():
             try:
                 await peer.call(Stop(), self._timeout_s)

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_opd.errors import PeerError, SetbackError
 from megatron_opd.runtime.rpc import Hub, Peer
-from megatron_opd.types import HostTransport, JoinTransport, ReceiveWeights, SendWeights
+from megatron_opd.types import Address, HostTransport, JoinTransport, ReceiveWeights, SendWeights
+from megatron_opd.weights.transport import report_loss
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 5  # to bring one version of the weights to those that are there
@@ -79,6 +80,7 @@ class Samplers(Fleet):
         self._learner = learner
         self._width = width
         self._timeout_s = timeout_s
+        self._sender: Address | None = None  # where the learner meets those of the group
         self._group: list[Peer] = []  # whom the weight transport joins to the learner
         self._current: list[Peer] = []  # who has the last weights that were published
 
@@ -120,7 +122,7 @@ class Samplers(Fleet):
 
     async def _join(self, members: list[Peer]) -> None:
         receivers = self._width * len(members)
-        address = await self._learner.call(HostTransport(receivers=receivers), self._timeout_s)
+        self._sender = address = await self._learner.call(HostTransport(receivers=receivers), self._timeout_s)
         joins = [JoinTransport(address=address, first_rank=1 + i * self._width, world_size=1 + receivers) for i in range(len(members))]
         await self._from_all({peer: peer.call(join, self._timeout_s) for peer, join in zip(members, joins, strict=True)})
         self._group = members
@@ -129,7 +131,7 @@ class Samplers(Fleet):
         limit_s = 2 * self._timeout_s  # the two ends time out by themselves first, and know better whom they miss
         sent, received = await asyncio.gather(
             self._learner.call(SendWeights(version=version), limit_s),
-            self._from_all({peer: peer.call(ReceiveWeights(version=version), limit_s) for peer in self._group}),
+            self._from_all({peer: self._receive(peer, version, limit_s) for peer in self._group}),
             return_exceptions=True,  # a new attempt starts once both ends are done with this one
         )
         failures = [end for end in (sent, received) if isinstance(end, BaseException)]
@@ -137,6 +139,15 @@ class Samplers(Fleet):
             raise failure
         slowest = max(received, key=lambda done: sum(done.seconds.values()))
         return {f"send.{k}": v for k, v in sent.seconds.items()} | {f"receive.{k}": v for k, v in slowest.seconds.items()}
+
+    async def _receive(self, peer: Peer, version: int, limit_s: float) -> Any:
+        """A replica's answer; the learner is told at once of one that will not come, or it would wait for it until its time is out."""
+        try:
+            return await peer.call(ReceiveWeights(version=version), limit_s)
+        except PeerError as error:
+            if not isinstance(error, SetbackError):
+                await asyncio.to_thread(report_loss, self._sender, str(error))
+            raise
 
     async def _from_all(self, calls: Mapping[Peer, Awaitable[Any]]) -> list[Any]:
         """The answers of all replicas.

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery, rewind
 from megatron_opd.rollout.scripted import ScriptedRollout, ScriptedSettings
 from megatron_opd.runtime import rpc
+from megatron_opd.runtime.rendezvous import listening_store
 from megatron_opd.store.journal import Journal
 from megatron_opd.teacher.scripted import ScriptedTeacher
 from megatron_opd.types import (
@@ -36,6 +38,7 @@ from megatron_opd.types import (
     ReceiveWeights,
     SaveCheckpoint,
     Score,
+    SendWeights,
     StepReport,
     Stop,
     Train,
@@ -304,6 +307,41 @@ def test_an_update_that_fails_is_sent_again_to_replicas_that_go_on(tmp_path, mon
     else:
         play(tmp_path, 1, learner)
         assert learner.trained == list(range(STEPS * BATCH))
+
+
+def test_a_rollout_that_dies_in_an_update_does_not_keep_the_learner_waiting(tmp_path, monkeypatch):
+    dying, receive = asyncio.Event(), ScriptedRollout.receive_weights
+
+    async def die_at_3(self, version):
+        if version == 3 and not dying.is_set():
+            dying.set()
+            await asyncio.sleep(60)
+        return await receive(self, version)
+
+    async def kill(start, tasks, stop):
+        await dying.wait()
+        tasks[0].cancel()
+        tasks["new"] = start(0)
+
+    class Waiting(ScriptedLearner):
+        """In that update it hears nothing but what the store says."""
+
+        told = ""
+
+        async def answer(self, message):
+            if isinstance(message, HostTransport):
+                self.store = listening_store("127.0.0.1", 60)
+                return Address(host="127.0.0.1", port=self.store.port)
+            if message == SendWeights(version=3) and not self.told:
+                await asyncio.to_thread(self.store.wait, ["lost"], timedelta(seconds=10))
+                self.told = self.store.get("lost").decode()
+                raise WeightSyncError(self.told)
+            return await super().answer(message)
+
+    monkeypatch.setattr(ScriptedRollout, "receive_weights", die_at_3)
+    learner = Waiting()
+    play(tmp_path, 1, learner, replicas=1, incident=kill)
+    assert "rollout 0" in learner.told and learner.trained == list(range(STEPS * BATCH))
 
 
 def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):

@@ -149,6 +149,10 @@ class Hub:
         """All that have come, lost ones too."""
         return list(self._peers.values())
 
+    def dismiss(self) -> None:
+        """From now on roles may end: nobody is told of a loss any more."""
+        self._on_loss = None
+
     def lose(self, peer: Peer, reason: str) -> None:
         """Nobody asks this peer any more, and who waits for it learns why."""
         if not peer.lost:

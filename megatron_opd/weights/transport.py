@@ -8,7 +8,8 @@ written that all digests were right. Both ends hold two buckets: one is filled, 
 With `delta` both ends keep the last update, and only the words that changed travel. The digest is that of the patched bucket;
 a receiver for which it is wrong asks for everything again, and gets it within the same update.
 
-Whoever fails closes its end, which wakes the others; whoever vanishes is noticed when `timeout_s` is over at the latest.
+Whoever fails closes its end, which wakes the others; whoever vanishes is noticed when `timeout_s` is over at the latest, or as soon
+as somebody who knows says so (`report_loss`).
 After an error both ends are closed for good: a process group that lost a message cannot be mended.
 """
 
@@ -18,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -32,6 +34,7 @@ from megatron_opd.weights.buckets import Bucket
 
 _RECEIVED = "received"
 _LOOK_S = 0.25  # between two looks for a complaint
+_LOST = "lost"  # key of the store: why a receiver will not answer any more
 _AGAIN = "again: "  # begins the answer of a receiver whose patched bucket is wrong
 
 
@@ -276,10 +279,19 @@ class BroadcastSender:
         return any(self._result(rank).startswith(_AGAIN) for rank in self._names)
 
     def _await(self, key: str, complaint: str) -> None:
-        _await_key(self._store, key, self._timeout_s, complaint)
+        start = time.monotonic()
+        while not self._store.check([key]):
+            waited = time.monotonic() - start
+            if self._store.check([_LOST]):
+                raise WeightSyncError(f"{complaint}: {self._store.get(_LOST).decode()}")
+            if waited > self._timeout_s:
+                raise WeightSyncError(f"{complaint} within {self._timeout_s:g} s")
+            time.sleep(min(_LOOK_S, 0.0005 + waited / 20))
 
     def _complaint(self) -> str:
-        """What a receiver says went wrong, or nothing."""
+        """What a receiver says went wrong, or somebody of one that cannot say so itself, or nothing."""
+        if self._store.check([_LOST]):
+            return self._store.get(_LOST).decode()
         for rank, name in self._names.items():
             result = self._result(rank)
             if result not in ("", _RECEIVED) and not result.startswith(_AGAIN):
@@ -321,9 +333,7 @@ class BroadcastReceiver:
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
         try:
-            with socket.create_connection((address.host, address.port), timeout=timeout_s) as probe:
-                self._own_host = probe.getsockname()[0]  # of the interface that leads to the sender
-            self._store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=timeout_s))
+            self._store, self._own_host = _store_at(address, timeout_s)
             self._store.set(f"joined/{rank}", f"rollout worker {rank} (pid {os.getpid()} on {socket.gethostname()})")
         except (OSError, RuntimeError) as error:
             raise WeightSyncError(f"receiver {rank} cannot reach the weight {self._sender}: {_first_line(error)}") from error
@@ -466,6 +476,19 @@ class BroadcastReceiver:
         except RuntimeError as error:
             if result == _RECEIVED:
                 raise WeightSyncError(f"weights version {version}: {self._sender} is gone: {_first_line(error)}") from error
+
+
+def report_loss(address: Address, reason: str, *, timeout_s: float = 5.0) -> None:
+    """Tells the sender that listens at `address` that a receiver died: it fails now instead of waiting. No sender there is no error."""
+    with suppress(OSError, RuntimeError):
+        _store_at(address, timeout_s)[0].set(_LOST, reason)
+
+
+def _store_at(address: Address, timeout_s: float) -> tuple[dist.TCPStore, str]:
+    """The sender's store, and the address of the interface here that leads to it. Where nobody listens that is told at once."""
+    with socket.create_connection((address.host, address.port), timeout=timeout_s) as probe:
+        own_host = probe.getsockname()[0]
+    return dist.TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=timeout_s)), own_host
 
 
 def _group(store: dist.Store, host: str, rank: int, world_size: int, device: str, timeout_s: float) -> dist.ProcessGroup:

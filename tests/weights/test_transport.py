@@ -11,7 +11,7 @@ import torch
 from megatron_opd.errors import WeightSyncError
 from megatron_opd.types import Address, TensorSpec
 from megatron_opd.weights import transport
-from megatron_opd.weights.transport import BroadcastReceiver, BroadcastSender
+from megatron_opd.weights.transport import BroadcastReceiver, BroadcastSender, report_loss
 
 TIMEOUT_S = 2.0
 MANIFEST = tuple(
@@ -305,3 +305,29 @@ def test_a_receiver_that_dies_between_buckets_is_noticed(monkeypatch):
         source.send(0, MANIFEST, slowly())
     assert time.monotonic() - start < 20
     process.join(10)
+
+
+@pytest.mark.parametrize("reached", ["nothing", "joined", "everything"])
+def test_a_sender_that_is_told_of_a_loss_does_not_wait_for_the_lost(pool, reached):
+    """Whatever the receiver had reached when it stopped to answer, its connection still stands."""
+    source = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=2048, timeout_s=60)
+    address = source.listen(1)
+    end = None if reached == "nothing" else receiver(address)
+    sending = pool.submit(source.send, 0, MANIFEST, weights(0))
+    if reached == "everything":
+        taken = end.receive(end.announced(0))
+        for _ in MANIFEST:
+            next(taken)  # the last bucket is verified; that this went well is never said
+    time.sleep(0.1)
+    start = time.monotonic()
+    report_loss(address, "rollout 0 is gone")
+    with pytest.raises(WeightSyncError, match=r"version 0.*rollout 0 is gone"):
+        sending.result(10)
+    assert time.monotonic() - start < TIMEOUT_S
+
+
+def test_a_loss_may_be_told_to_nobody():
+    source = sender()
+    address = source.listen(1)
+    source.close()
+    report_loss(address, "rollout 0 is gone", timeout_s=0.5)
