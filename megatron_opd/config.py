@@ -298,11 +298,16 @@ class EvalConfig:
 
     prompts: str = ""  # JSON lines; empty: no evaluation
     verifier: str = ""  # `file.py:function` or `package.module:function`, (record, completion) -> 0..1; empty: KL only
+    models: tuple[str, ...] = ("before", "after", "teacher")  # some of these: the student twice, and its teacher's accuracy
     limit: int = 0  # first n prompts; 0 means all
     timeout_s: float = 3600.0  # for the whole evaluation
     dtype: Literal["bfloat16", "float32"] = "float32"
 
     def __post_init__(self) -> None:
+        _require(
+            bool(self.models) and set(self.models) <= {"before", "after", "teacher"},
+            f"eval.models={list(self.models)} must name some of before, after, teacher; to measure nothing, leave eval.prompts empty",
+        )
         _require(self.limit >= 0, f"eval.limit={self.limit} must be 0 or more")
         _require(not self.verifier or bool(self.prompts), "eval.verifier is set but eval.prompts is empty; name the held-out prompts")
 

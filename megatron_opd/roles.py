@@ -6,6 +6,7 @@ The only file that names the concrete learner, rollout and teacher. Each guest i
 import asyncio
 import shutil
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -390,7 +391,7 @@ def _teacher(config: Config, process: Process) -> None:
 
 def _evaluate(config: Config, process: Process) -> None:
     """Completes `summary.json` with the student before and after, and the teacher, on the held-out prompts."""
-    from megatron_opd.rollout.evaluate import EvalModel, EvalSettings, evaluate
+    from megatron_opd.rollout.evaluate import EvalModel, EvalReport, EvalSettings, evaluate
     from megatron_opd.teacher.vllm import VLLMTeacher
 
     file = Path(config.run.dir) / "summary.json"
@@ -415,12 +416,13 @@ def _evaluate(config: Config, process: Process) -> None:
             width, memory = given.tensor_parallel, given.kv_cache_bytes
             models["teacher"] = EvalModel(path=given.path, tensor_parallel=width, kv_cache_bytes=memory, sampled=False)
     heldout = load_heldout(config, load_tokenizer(config.student.path))
-    found = evaluate(models, heldout, settings, verifier=verifier, teacher=scorer)
+    wanted = {name: model for name, model in models.items() if name in config.eval.models}
+    found = defaultdict(EvalReport, evaluate(wanted, heldout, settings, verifier=verifier, teacher=scorer))
     summary = replace(
         summary,
         accuracy_before=found["before"].score,
         accuracy_after=found["after"].score,
-        teacher_accuracy=found["teacher"].score if "teacher" in found else None,
+        teacher_accuracy=found["teacher"].score,
         kl_before=found["before"].kl,
         kl_after=found["after"].kl,
     )

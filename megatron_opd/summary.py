@@ -12,9 +12,10 @@ def show(file: Path, console: Console) -> None:
     s = json.loads(file.read_text())
     table = Table("what", "figure", title="run summary", show_header=False)
     for name in ("accuracy", "kl"):
-        if s[f"{name}_before"] is not None:
+        found = [f"{s[key]:.4f}" for key in (f"{name}_before", f"{name}_after") if s[key] is not None]
+        if found:
             unit = "held-out exact match" if name == "accuracy" else "held-out KL to the teacher, nats/token"
-            table.add_row(unit, f"{s[f'{name}_before']:.4f} -> {s[f'{name}_after']:.4f}")
+            table.add_row(unit, " -> ".join(found))
     if s["teacher_accuracy"] is not None:
         table.add_row("teacher's held-out exact match", f"{s['teacher_accuracy']:.4f}")
     table.add_row("steps, response tokens, seconds", f"{s['steps']}, {s['tokens']}, {s['wall_seconds']:.1f}")

@@ -50,6 +50,7 @@ def test_config_is_frozen():
         ({"learner": {"optimizer": {"warmup_steps": -1}}}, "warmup_steps=-1 must be 0 or more"),
         ({"learner": {"optimizer": {"beta2": 1.0}}}, r"beta2=1.0 must lie in \[0, 1\)"),
         ({"eval": {"limit": -5}}, "eval.limit=-5 must be 0 or more"),
+        ({"eval": {"models": ["after", "befor"]}}, r"eval\.models=\['after', 'befor'\] must name some of before, after, teacher"),
         ({"guard": {"length_growth": -1}}, "length_growth=-1.0 must be 0 or more than 1"),
         ({"cluster": {"nodes": 2, "rollout": [2]}}, r"cluster\.rollout names node \[2\], but cluster\.nodes=2"),
         ({"slurm": {"time": "tomorrow"}}, r"slurm\.time=tomorrow is no time limit; write e\.g\. 24:00:00"),

@@ -8,9 +8,10 @@
 A cell is an arm, a lag and a seed: one `megatron-opd train` on the arithmetic example with loop.exact_lag, where every batch is
 trained exactly `lag` steps after it was generated (the first `lag` batches come from version 0). Each cell that has ended is one
 line of OUT/cells.jsonl; a study that was killed goes on where it stopped. Two cells run at a time, each in one process on one core
-(--jobs). All arms share every setting but the estimator's, and those that cache ids cache 16 of them per token. A run that stops by itself (loss or gradient not finite, or a guard that
-key=value switched on) is a result: no accuracy, which tables and slopes count as 0. The guards are off, so that a student that
-collapses is measured. Any other failure ends the study.
+(--jobs); the first cell alone measures the untrained student and the teacher too. All arms share every setting but the estimator's,
+and those that cache ids cache 16 of them per token. A run that stops by itself (loss or gradient not finite, or a guard that key=value
+switched on) is a result: no accuracy, which tables and slopes count as 0. The guards are off, so that a student that collapses is
+measured. Any other failure ends the study.
 
 Written into OUT: cells.csv, lag.png, variance.png (of what `tools/variance.py --json` wrote, with --variance), and README.md, whose
 figures between markers are replaced while its words stay. The bias of each arm's expected gradient against that of the dense
@@ -207,7 +208,7 @@ async def _run_missing(cells: Sequence[Cell], settings: dict[str, Any], out: Pat
             each = statistics.mean(seconds) if seconds else START_S + STEP_S * settings["loop.steps"]
             hours = f"{(len(missing) - number) * each / len(cores) / 3600:.1f} h to go"
             progress.console.print(f"{len(cells) - len(missing) + number + 1}/{len(cells)} {cell}, {hours}", highlight=False)
-            line = await run(cell, settings, out, core)
+            line = await run(cell, settings if cell == cells[0] else settings | {"eval.models": "[after]"}, out, core)
             append(out, line)
             seconds.append(line["seconds"])
             found = line["stopped"] or f"accuracy {line['accuracy']}, KL {line['kl']}"

@@ -42,11 +42,11 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelReport:
+class EvalReport:
     """One model on the held-out prompts."""
 
-    score: float | None  # mean verdict on greedy completions; None: no verifier
-    kl: float | None  # nats per token, mean of log p - log q over the model's own samples at temperature 1; None: not asked for
+    score: float | None = None  # mean verdict on greedy completions; None: no verifier
+    kl: float | None = None  # nats per token, mean of log p - log q over the model's own samples at temperature 1; None: not asked for
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
     *,
     verifier: Verifier | None = None,
     teacher: Callable[[], TeacherBackend] | None = None,
-) -> dict[str, ModelReport]:
+) -> dict[str, EvalReport]:
     """Evaluates each model by name. `teacher` opens a backend that serves `teacher_token`; it is closed here."""
     check_packages()
     scores: dict[str, float | None] = dict.fromkeys(models)
@@ -72,7 +72,7 @@ def evaluate(
             llm.llm_engine.engine_core.shutdown()
         del llm
     divergences = _divergences(samples, teacher) if teacher is not None else {}
-    return {name: ModelReport(score=scores[name], kl=divergences.get(name)) for name in models}
+    return {name: EvalReport(score=scores[name], kl=divergences.get(name)) for name in models}
 
 
 def _open(model: EvalModel, settings: EvalSettings) -> LLM:
