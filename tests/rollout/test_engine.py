@@ -199,6 +199,23 @@ def test_a_cancelled_request_leaves_the_engine_well(lab, models):
     assert_equals_reference(rollout, reference(rollout, {rollout.segments[0].version: models["new"]}, 0.7), 1e-3)
 
 
+def test_responses_that_are_read_again_may_be_more_than_one_engine_step_takes(lab, models):
+    """vLLM reads 2048 tokens a step; a seeded request of which it read a part ended its engine on CPU."""
+    ids = np.arange(330, dtype=np.int32)
+    long = [Prompt(index=i, token_ids=(ids + i) % VOCAB) for i in range(12)]
+    version, paths = lab.rollouts(prompts(1))[0].segments[0].version, [models["new"], models["old"]]
+    for after_s in (0.2, 0.1, 0.3, 0.05):  # until the update meets them in mid-response
+        rollouts = lab.rollouts(long, update=(version + 1, paths[1]), after_s=after_s)
+        halves = [r for r in rollouts if len(r.segments) == 2]
+        if len(halves) * len(ids) > 2048:
+            break
+        version, paths = version + 1, paths[::-1]
+    else:
+        pytest.fail("the update never came while responses were being drawn")
+    for rollout in halves:
+        assert_equals_reference(rollout, reference(rollout, {version: paths[0], version + 1: paths[1]}, 0.7), 1e-3)
+
+
 def test_a_prompt_that_cannot_be_served_is_named(lab):
     with pytest.raises(PeerError, match="prompt 5"):
         lab.runner.run(lab.engine.generate(Prompt(index=5, token_ids=np.zeros(600, dtype=np.int32))))
