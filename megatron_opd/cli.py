@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _ROLES = ("controller", "learner", "rollout", "teacher", "evaluate")
 def main() -> None:
     """Runs one command; exit code 0 only if it did what was asked."""
     arguments = _arguments()
+    if arguments.run is not _role:  # whose log keeps them
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")  # what is not installed here, seven times
     try:
         arguments.run(arguments)
     except OPDError as error:
@@ -162,10 +165,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    config = configs.load(arguments.config, arguments.overrides)
     from megatron_opd.plan.plan import make_plan
     from megatron_opd.plan.show import show
 
-    config = configs.load(arguments.config, arguments.overrides)
     plan = make_plan(config)
     show(plan, config, console())
     if arguments.json:
