@@ -192,7 +192,7 @@ def test_what_no_script_can_do_is_refused(tmp_path, monkeypatch):
         slurm.require_sbatch()
 
 
-@pytest.mark.parametrize(("name", "example"), [("one_job", "llama70b_from_405b"), ("hetjob", "qwen32b_from_72b")])
+@pytest.mark.parametrize(("name", "example"), [("one_job", "llama70b_from_405b"), ("hetjob", "qwen32b_from_235b_moe")])
 def test_the_scripts_that_people_read_are_those_that_are_made(monkeypatch, name, example):
     """After a change of the script: MEGATRON_OPD_WRITE=1 pytest tests/test_slurm.py"""
     file = ROOT / "slurm" / f"{name}.sbatch"

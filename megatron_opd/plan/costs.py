@@ -71,7 +71,7 @@ def costs_of(config: Config, student: Model, teacher: Model | None) -> Costs:
 
 
 def _forward_flops(model: Model, context: float) -> float:
-    """Of one token: two per parameter that multiplies, and the attention to half of the context on average."""
+    """Of one token: two per parameter that it is multiplied with, and the attention to half of the context on average."""
     embedding = 0 if model.arch.tied else model.arch.vocab * model.arch.hidden
     attention = 4 * model.arch.layers * model.arch.heads * model.arch.head_dim * context / 2
-    return 2 * (model.parameters - embedding) + attention
+    return 2 * (model.active_parameters - embedding) + attention

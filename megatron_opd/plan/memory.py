@@ -50,6 +50,12 @@ class Model:
         return self.stages(ParallelConfig())[0].parameters
 
     @property
+    def active_parameters(self) -> int:
+        """Those that one token meets: of the experts only a few."""
+        idle = self.arch.experts.count - self.arch.experts.active if self.arch.experts else 0
+        return self.parameters - self.arch.layers * idle * 3 * self.arch.hidden * self.arch.ffn
+
+    @property
     def kv_values(self) -> int:
         """Of one token, over all layers."""
         return 2 * self.arch.layers * self.arch.groups * self.arch.head_dim
@@ -125,7 +131,7 @@ def _activations(settings: LearnerConfig, arch: Architecture, stage: StageCount,
     spread = tensor if settings.sequence_parallel else 1
     residual = arch.hidden / spread
     query, key = arch.heads * arch.head_dim / tensor, arch.groups * arch.head_dim / tensor
-    layer = 4 * residual + 3 * query + 3 * key + 4 * arch.ffn / tensor
+    layer = 4 * residual + 3 * query + 3 * key + 4 * arch.ffn_per_token / tensor
     in_flight = settings.pipeline_parallel - stage.stage
     kept = residual if settings.recompute else layer
     return tokens * (in_flight * stage.layers * kept + (layer if settings.recompute else 0) + 2 * residual)
@@ -134,7 +140,7 @@ def _activations(settings: LearnerConfig, arch: Architecture, stage: StageCount,
 def _engine(model: Model, dtype: str, tensor: int, kv_cache_bytes: int) -> Memory:
     """One worker of a vLLM replica; a prefill's values and the logits of what it samples."""
     (stage,) = model.stages(ParallelConfig(tensor=tensor))
-    values = _VLLM_BATCH_TOKENS * (2 * model.arch.hidden + 3 * model.arch.ffn / tensor)
+    values = _VLLM_BATCH_TOKENS * (2 * model.arch.hidden + 3 * model.arch.ffn_per_token / tensor)
     return {"weights": stage.parameters * BYTES[dtype], "kv_cache": kv_cache_bytes, "activations": values * BYTES[dtype]}
 
 
@@ -142,7 +148,8 @@ def _scorer(config: Config, teacher: Model) -> Memory:
     settings = config.teacher
     tensor, width, arch = settings.tensor_parallel, BYTES[settings.dtype], teacher.arch
     stages = teacher.stages(ParallelConfig(tensor=tensor, pipeline=settings.pipeline_parallel))
-    values = settings.batch_tokens * (4 * arch.hidden + (2 * arch.heads + 2 * arch.groups) * arch.head_dim / tensor + 3 * arch.ffn / tensor)
+    attention, ffn = (2 * arch.heads + 2 * arch.groups) * arch.head_dim, 3 * arch.ffn_per_token
+    values = settings.batch_tokens * (4 * arch.hidden + (attention + ffn) / tensor)
     return {
         "weights": max(stage.parameters for stage in stages) * width,
         "activations": values * width,

@@ -150,6 +150,11 @@ class Architecture:
     windows: tuple[int | None, ...]  # by layer: how many tokens one attends to, itself included; None is all before it
     experts: Experts | None = None  # None: one feed-forward layer for all tokens; else `ffn` is the size of each expert
 
+    @property
+    def ffn_per_token(self) -> int:
+        """Values between the projections of a feed-forward layer that one token makes."""
+        return self.ffn * (self.experts.active if self.experts else 1)
+
     def require_divisible(self, *, tensor: int, pipeline: int) -> None:
         """Raises ConfigError unless so many tensor- and pipeline-parallel ranks share the model evenly; names the numbers that do."""
         splits = {

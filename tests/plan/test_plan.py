@@ -1,5 +1,6 @@
 """Plans of the examples on a cluster: what fits, what is refused, and that the figures are where tools look for them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_opd.preflight import build_estimator, check_configs, load_hf_confi
 from megatron_opd.slurm import script
 from megatron_opd.types import Divergence, Needs
 
+model_at = functools.cache(Model.load)  # what it has counted is not counted again
 EXAMPLES = sorted(Path("examples/cluster").glob("*.yaml"))
 
 
@@ -27,7 +29,7 @@ def load(name, *overrides):
 
 def fit(config):
     needs = build_estimator(config).needs
-    student, teacher = Model.load(config.student.path), Model.load(config.teacher.path)
+    student, teacher = model_at(config.student.path), model_at(config.teacher.path)
     memory = memory_of(config, needs, student, teacher)
     require_fit(config, needs, student, teacher, memory)
     return memory
@@ -63,18 +65,34 @@ def test_the_stages_of_a_split_add_up_to_the_model():
     assert [stage.layers for stage in stages] == [8, 8, 8, 8]
 
 
+def test_of_the_experts_a_token_meets_a_few(tmp_path):
+    config = json.loads(Path("examples/cluster/models/qwen3-235b-a22b/config.json").read_text())
+    sizes = []
+    for layers in (1, 2):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        model = Model.load(str(tmp_path))
+        sizes.append((model.parameters, model.active_parameters))
+    whole = [round((one + (config["num_hidden_layers"] - 1) * (two - one)) / 1e9) for one, two in zip(*sizes)]
+    assert whole == [235, 22], "as the model's name says"
+    dense = model_at("examples/cluster/models/llama-3.1-8b")
+    assert dense.active_parameters == dense.parameters
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["learner.tensor_parallel=4"], r"learner needs .* most of it is optimizer .*nearest settings that fit: learner\."),
         (["rollout.kv_cache_bytes=200000000000"], r"rollout needs .* most of it is kv_cache .*fit: rollout\.kv_cache_bytes=\d+"),
-        (["teacher.tensor_parallel=1"], r"teacher needs .* most of it is weights .*fit: teacher\.tensor_parallel=2"),
+        (
+            ["teacher.tensor_parallel=1", "teacher.path=examples/cluster/models/llama-3.1-70b"],
+            r"teacher needs .* most of it is weights .*fit: teacher\.tensor_parallel=2",
+        ),
         (["cluster.gpu=h10"], r"cluster\.gpu=h10 is not in the table; use one of a100"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_what_would(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        fit(load("qwen32b_from_72b.yaml", *overrides))
+        fit(load("qwen32b_from_235b_moe.yaml", *overrides))
 
 
 def test_roles_that_share_a_gpu_are_counted_in_every_turn():
@@ -87,7 +105,7 @@ def test_roles_that_share_a_gpu_are_counted_in_every_turn():
 
 def test_more_speed_where_there_is_more_of_everything():
     config = load("llama8b_one_node.yaml")
-    student, teacher = Model.load(config.student.path), Model.load(config.teacher.path)
+    student, teacher = model_at(config.student.path), model_at(config.teacher.path)
 
     def seconds(*overrides):
         made = load("llama8b_one_node.yaml", *overrides)
@@ -111,7 +129,7 @@ def test_the_payload_is_what_the_scores_weigh():
 
 
 def test_a_plan_has_its_figures_under_the_names_that_tools_read():
-    config = load("qwen32b_from_72b.yaml", "loop.batch=16", "loop.max_lag=1", "plan.steps=3", "plan.response_tokens=100")
+    config = load("llama8b_one_node.yaml", "loop.batch=16", "loop.max_lag=1", "plan.steps=3", "plan.response_tokens=100")
     found = json.loads(json.dumps(make_plan(config).to_json()))
     assert found["fits"] is True and found["bottleneck"] in ("learner", "rollout", "teacher")
     assert found["step_seconds"].keys() == {"0", "1", "2", "4"} and found["step_seconds"]["4"] < found["step_seconds"]["0"]
