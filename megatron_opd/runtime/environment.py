@@ -28,7 +28,8 @@ def environment(device: str, host: str = "127.0.0.1") -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",  # not ERROR: weights that a reload missed are only warned of
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less per engine: LLM in its own, AsyncLLM in two
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # logits processors, and so head and draws, exist in the V1 model runner only
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker would inherit torch's threads and the parent's sockets
+        # A forked engine need not import vLLM again, 8 s of a core. Roles start it before they open sockets or threads of their own.
+        "VLLM_WORKER_MULTIPROC_METHOD": "fork" if device == "cpu" else "spawn",
     }
     if device == "cpu":
         variables |= {
