@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +13,7 @@ from tests.run import cluster, tiny_run
 
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
 
+STEPS = 60
 LAYOUT = {"learner": {"tensor_parallel": 2}, "cluster": {"nodes": 2, "learner": [0], "rollout": [1], "teacher": [1]}}
 
 
@@ -42,6 +42,29 @@ class Bench:
             assert time.monotonic() < deadline, f"{state}: {self.log(name)}"
             time.sleep(0.3)
 
+    def wait_for_step(self, job, name, step, timeout_s=150):
+        """Returns once so many steps are made."""
+        lines = self.tiny.folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + timeout_s
+        while not lines.exists() or lines.read_text().count("\n") < step:
+            assert self.state(job) in ("PENDING", "CONFIGURING", "RUNNING") and time.monotonic() < deadline, self.log(name)
+            time.sleep(0.2)
+
+    def kill(self, name, role):
+        """SIGKILL for a process of a role of this run."""
+        words = ["role", role, str(self.tiny.folder / name / "config.yaml")]
+        next(process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[3:6] == words).kill()
+
+    def wait_requeued(self, job, name, timeout_s=120):
+        """SLURM lets a requeued job wait for two minutes, so that its first attempt is over; here it waits for just that."""
+        deadline = time.monotonic() + timeout_s
+        while self.state(job) != "PENDING" or any(
+            "slurm_script" in word for p in psutil.process_iter(["cmdline"]) for word in p.info["cmdline"] or []
+        ):
+            assert time.monotonic() < deadline, (self.state(job), self.log(name))
+            time.sleep(0.2)
+        self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+
     def log(self, name):
         file = self.tiny.folder / name / "job.log"
         return file.read_text() if file.exists() else "no output"
@@ -69,17 +92,37 @@ def test_two_nodes_reach_the_losses_of_one_machine(bench):
 def test_a_killed_role_ends_the_job_with_its_name(bench):
     endless = {"loop": {"steps": 100_000, "batch": 4, "max_lag": 1}, "supervision": {"restarts": 0}}
     job = bench.submit(bench.tiny.config("kill", **LAYOUT, **endless))
-    lines = Path(bench.tiny.folder / "kill" / "metrics.jsonl")
-    deadline = time.monotonic() + 150
-    while not lines.exists() or lines.read_text().count("\n") < 2:
-        assert bench.state(job) in ("PENDING", "CONFIGURING", "RUNNING") and time.monotonic() < deadline, bench.log("kill")
-        time.sleep(0.2)
-    words = ["role", "teacher", str(bench.tiny.folder / "kill" / "config.yaml")]
-    roles = [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[3:6] == words]
-    roles[0].kill()
+    bench.wait_for_step(job, "kill", 2)
+    bench.kill("kill", "teacher")
     killed = time.monotonic()
     bench.wait(job, "kill", "FAILED", timeout_s=60)
     assert time.monotonic() - killed < 30
     assert bench.log("kill").strip().splitlines()[-1].startswith("teacher-0 was killed by SIGKILL")
     ours = str(bench.tiny.folder / "kill" / "config.yaml")
     assert not [process for process in psutil.process_iter(["cmdline"]) if ours in (process.info["cmdline"] or [])], "orphans"
+
+
+@pytest.mark.timeout(900)
+def test_a_lost_replica_a_requeue_and_a_node_that_goes_down_end_in_a_finished_run(bench):
+    """One job meets all three, and trains on every prompt once."""
+    loop = {"loop": {"steps": STEPS, "batch": 4, "max_lag": 1}, "checkpoint": {"every_steps": 5}, "supervision": {"backoff_s": 0.1}}
+    job = bench.submit(bench.tiny.config("hard", **LAYOUT, **loop))
+    bench.wait_for_step(job, "hard", 2)
+    bench.kill("hard", "rollout")
+    made = len(bench.tiny.steps("hard"))
+    bench.wait_for_step(job, "hard", made + 12)  # more than was under way: the replica came back
+    assert "rollout-0 was killed by SIGKILL" in bench.log("hard") and "it is replaced (1 of 3 times)" in bench.log("hard")
+
+    bench.run("scontrol", "requeue", job)
+    bench.wait_requeued(job, "hard")
+    made = len(bench.tiny.steps("hard"))
+    bench.wait_for_step(job, "hard", made + 2)
+
+    bench.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    bench.run("scontrol", "update", "nodename=n2", "state=resume")
+    bench.wait_requeued(job, "hard")
+    made = len(bench.tiny.steps("hard"))
+    assert made < STEPS, "the node went down after the last step; take more steps"
+    bench.wait(job, "hard", "COMPLETED")
+    assert [step["version"] for step in bench.tiny.steps("hard")] == list(range(1, STEPS + 1))
+    assert "run summary" in bench.log("hard")
