@@ -42,6 +42,7 @@ class RunConfig:
     peer_timeout_s: float = 600.0  # for any single answer: a training step, a score, a weight update
 
     def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, f"run.port={self.port} must lie in 0..65535; 0 picks a free one")
         _positive("run", self, "start_timeout_s", "peer_timeout_s")
 
 
@@ -80,7 +81,7 @@ class RolloutConfig:
     max_running: int = 64  # requests that one replica decodes at a time
     kv_cache_bytes: int = 256 << 20  # per replica and worker
     keep_kv: bool = False  # True: running requests keep the KV cache of old weights; False: they are re-prefilled
-    timeout_s: float = 600.0  # for one response, its time in the queue included
+    timeout_s: float = 600.0  # a replica that has prompts and finishes none for so long hangs
     cores: tuple[int, ...] = ()  # CPU core of replica 0, 1, ..., counted among those usable; () leaves it to the system
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """Everything about a run that can be refused before a process starts."""
 
-import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_opd import estimators
 from megatron_opd.config import Config
-from megatron_opd.data.prompts import Record, load_records, load_tokenizer, require_same_tokens
+from megatron_opd.data.prompts import Record, end_ids, load_records, load_tokenizer, require_same_tokens
 from megatron_opd.errors import CheckpointError, ConfigError
 from megatron_opd.estimators.mix import Mix
 from megatron_opd.interfaces import Estimator
@@ -110,9 +109,12 @@ def check(config: Config) -> Checked:
         require_same_tokens(config.student.path, config.teacher.path)
     positions = student.max_position_embeddings
     records = load_records(config.data.prompts, tokenizer, config.data, completions=not needs.generation, max_tokens=positions)
+    heldout = load_heldout(config, tokenizer)
     if config.eval.verifier:
-        _check_verifier(config)
-    return Checked(records=records, heldout=load_heldout(config, tokenizer))
+        _check_verifier(config.eval.verifier, heldout[0])
+    if needs.generation:
+        end_ids(config.student.path)
+    return Checked(records=records, heldout=heldout)
 
 
 def check_configs(config: Config) -> None:
@@ -141,12 +143,18 @@ def _models(config: Config) -> list[tuple[str, PretrainedConfig]]:
     return [(path, load_hf_config(path)) for path in paths]
 
 
-def _check_verifier(config: Config) -> None:
-    verifier = load_object(config.eval.verifier, "eval.verifier")
+def _check_verifier(name: str, record: Record) -> None:
+    """Calls it once: hours later is too late for what it lacks."""
+    verifier = load_object(name, "eval.verifier")
     try:
-        inspect.signature(verifier).bind({}, "")
-    except TypeError as error:
-        raise ConfigError(f"eval.verifier={config.eval.verifier} must be callable as verifier(record, completion): {error}") from error
+        verdict = float(verifier(record.fields, ""))
+    except Exception as error:  # the user's own function may raise anything
+        raise ConfigError(
+            f"eval.verifier={name} must be callable as verifier(record, completion); on the first held-out record and an empty completion "
+            f"it raised {type(error).__name__}: {error}"
+        ) from error
+    if not 0 <= verdict <= 1:
+        raise ConfigError(f"eval.verifier={name} returned {verdict} for the first held-out record, wanted a number from 0 to 1")
 
 
 def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Record]:

@@ -345,14 +345,18 @@ async def _rollout(config: Config, process: Process) -> None:
             await desk.fail(number, f"{type(error).__name__}: {error}")
             raise
 
+    answers: set[asyncio.Task] = set()
     async with asyncio.TaskGroup() as tasks:
         async for number, message in desk.requests():
             if isinstance(message, Stop):
+                for task in answers:  # nobody waits for these any more
+                    task.cancel()
                 await backend.close()
                 await desk.answer(number, Done())
                 desk.close()
                 return
-            tasks.create_task(answer(number, message))
+            answers.add(task := tasks.create_task(answer(number, message)))
+            task.add_done_callback(answers.discard)
 
 
 def _teacher(config: Config, process: Process) -> None:

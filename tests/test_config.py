@@ -49,6 +49,7 @@ def test_config_is_frozen():
         ({"eval": {"verifier": "a.py:f"}}, r"eval\.prompts is empty"),
         ({"learner": {"optimizer": {"warmup_steps": -1}}}, "warmup_steps=-1 must be 0 or more"),
         ({"learner": {"optimizer": {"beta2": 1.0}}}, r"beta2=1.0 must lie in \[0, 1\)"),
+        ({"run": {"port": 65536}}, r"run\.port=65536 must lie in 0\.\.65535"),
         ({"eval": {"limit": -5}}, "eval.limit=-5 must be 0 or more"),
         ({"eval": {"models": ["after", "befor"]}}, r"eval\.models=\['after', 'befor'\] must name some of before, after, teacher"),
         ({"guard": {"length_growth": -1}}, "length_growth=-1.0 must be 0 or more than 1"),

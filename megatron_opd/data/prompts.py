@@ -32,11 +32,25 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{path} holds no tokenizer.json; name a complete Hugging Face folder")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # the file as it stands; AutoTokenizer rebuilds it for some model types
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {path} does not load: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the file is read by others, and may hold anything
+        raise CheckpointError(f"the tokenizer in {path} does not load: {type(error).__name__}: {error}; copy it anew") from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"the tokenizer in {path} has no eos_token; responses could never end")
     return tokenizer
+
+
+def end_ids(path: str | Path) -> tuple[int, ...]:
+    """The ids that end a response: those of generation_config.json, else of config.json.
+
+    Raises:
+        ConfigError: neither file names one.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    raise ConfigError(f"neither generation_config.json nor config.json in {path} has an eos_token_id; add it, else no response can end")
 
 
 def require_same_tokens(student: str, teacher: str) -> None:
@@ -63,8 +77,8 @@ def load_records(
         DataError: a line is no JSON object, lacks a field, is empty or too long: file, line number and remedy.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
         raise DataError(f"prompt file {path} cannot be read: {error}") from error
     records = []
     for number, line in enumerate(lines, 1):
@@ -80,11 +94,13 @@ def load_records(
     return records
 
 
-def _record(line: str, place: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, completions: bool) -> Record:
+def _record(line: bytes, place: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, completions: bool) -> Record:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON ({error}); write one object per line") from error
+        fields = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 ({error}); convert the file") from error
+    except (ValueError, RecursionError) as error:  # besides what is no JSON, numbers of thousands of digits and towers of brackets
+        raise DataError(f"{place}: not valid JSON ({error}); write one object per line, without a byte order mark") from error
     if not isinstance(fields, dict):
         raise DataError(f"{place}: got {type(fields).__name__}, wanted a JSON object")
     text = _text(fields, config.prompt_field, place, "data.prompt_field")
@@ -110,6 +126,10 @@ def _text(fields: dict[str, Any], name: str, place: str, setting: str) -> str:
         raise DataError(
             f"{place}: field {name!r} ({setting}) is {value!r:.40}, wanted a text; the line has {', '.join(fields) or 'no fields'}"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write down half a character, as \ud83d
+        raise DataError(f"{place}: field {name!r} ({setting}) holds half a character ({error}); remove the lone surrogate") from error
     return value
 
 

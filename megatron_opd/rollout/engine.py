@@ -21,6 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from megatron_opd.config import RolloutConfig
 from megatron_opd.data.draws import merge
+from megatron_opd.data.prompts import end_ids
 from megatron_opd.errors import ConfigError, OPDError, PeerError, WeightSyncError
 from megatron_opd.rollout import draws, worker
 from megatron_opd.runtime.environment import check_packages
@@ -57,20 +58,6 @@ class EngineSettings:
             raise ConfigError(
                 f"a head of {self.needs.head} ids leaves no tail to draw from in a vocabulary of {vocabulary}; use a smaller head"
             )
-
-
-def end_ids(path: str | Path) -> tuple[int, ...]:
-    """The ids that end a response: those of generation_config.json, else of config.json.
-
-    Raises:
-        ConfigError: neither file names one.
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
-        ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise ConfigError(f"neither generation_config.json nor config.json in {path} has an eos_token_id; add it, else no response can end")
 
 
 class VLLMRollout:

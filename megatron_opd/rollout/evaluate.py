@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from megatron_opd.data.prompts import Record, load_tokenizer
+from megatron_opd.data.prompts import Record, end_ids, load_tokenizer
 from megatron_opd.interfaces import TeacherBackend
-from megatron_opd.rollout.engine import end_ids
 from megatron_opd.runtime.environment import check_packages
 from megatron_opd.types import Rollout, Segment
 

@@ -54,7 +54,10 @@ def interface_of(host: str) -> str:
     Raises:
         ConfigError: none of this machine does.
     """
-    wanted = socket.gethostbyname(host)
+    try:
+        wanted = socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(f"run.host={host} is not known: {error}; name an address of this machine, or 127.0.0.1") from error
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd import roles
+from megatron_opd.config import RolloutConfig, load
 from megatron_opd.errors import ConfigError, PeerError, WeightSyncError
-from megatron_opd.rollout.engine import EngineSettings, VLLMRollout, end_ids
-from megatron_opd.types import JoinTransport, Needs, Prompt, Segment, TensorSpec
+from megatron_opd.placement import Process
+from megatron_opd.rollout.engine import EngineSettings, VLLMRollout
+from megatron_opd.runtime import rpc
+from megatron_opd.types import Done, Generate, JoinTransport, Needs, Prompt, Segment, Stop, TensorSpec
 from megatron_opd.weights import transport
 from megatron_opd.weights.transport import BroadcastSender
 from tests.rollout.models import END, VOCAB, forward_logp, save_experts, save_model
@@ -330,7 +333,9 @@ def test_closing_gives_up_running_requests_and_ends_the_process(tied_lab):
 
 ORPHAN = """
 import asyncio, sys
-from megatron_opd.config import RolloutConfig
+from megatron_opd import roles
+from megatron_opd.config import RolloutConfig, load
+from megatron_opd.placement import Process
 from megatron_opd.rollout.engine import EngineSettings, VLLMRollout
 from megatron_opd.types import Needs
 
@@ -368,13 +373,41 @@ def test_settings_that_cannot_be_served_are_refused(models):
         settings(Needs(head=VOCAB, draws=1))
 
 
-def test_end_ids_come_from_the_generation_config_first(tmp_path):
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    assert end_ids(tmp_path) == (1,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert end_ids(tmp_path) == (1, 2)
-    (tmp_path / "generation_config.json").write_text("{}")
-    assert end_ids(tmp_path) == (1,)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="eos_token_id"):
-        end_ids(tmp_path)
+class _Endless:
+    """An engine whose responses never end."""
+
+    async def generate(self, *words):
+        await asyncio.sleep(60)
+        yield None
+
+    async def is_paused(self):
+        return False
+
+    def shutdown(self, timeout):
+        pass
+
+
+def test_a_role_that_is_stopped_amid_responses_ends_well(tmp_path, monkeypatch):
+    config = load(Path("examples/arithmetic/config.yaml"), [f"run.dir={tmp_path}"])
+
+    async def start(settings):
+        return VLLMRollout(settings, _Endless(), 1)
+
+    async def play():
+        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
+            rpc.publish_address(tmp_path / "controller.json", hub.address)
+            process = Process(role="rollout", index=0, replica=0, rank=0, world_size=1, cores=())
+            role = asyncio.create_task(roles._rollout(config, process))
+            (peer,) = await hub.peers("rollout", 1, 60)
+            waiting = [asyncio.create_task(peer.call(Generate(prompt=prompt), 60)) for prompt in prompts(3)]
+            while peer.outstanding < 3:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            assert await peer.call(Stop(), 20) == Done()
+            await asyncio.wait_for(role, 10)
+            for task in waiting:
+                task.cancel()
+
+    rpc.make_keys(tmp_path / "keys")
+    monkeypatch.setattr(VLLMRollout, "start", start)
+    asyncio.run(play())

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 
 import pytest
 import zmq
@@ -17,7 +18,8 @@ def answer_until_stopped(keys, address, replica):
             match message:
                 case SendWeights(version=version):
                     desk.answer(number, Done(seconds={"version": float(version)}))
-                case Export():
+                case Export(path=path):
+                    time.sleep(0.5 if path == "slow" else 0)
                     desk.fail(number, "no space left")
                 case Stop():
                     desk.answer(number, Done())
@@ -56,10 +58,21 @@ def test_a_failure_and_a_silence_name_the_peer(tmp_path):
     async def play(hub, peers):
         with pytest.raises(PeerError, match=r"teacher 0 .*no space left"):
             await peers[0].call(Export(path="x"), 5)
-        with pytest.raises(PeerError, match=r"teacher 0 .*did not answer HostTransport within 0\.2 s"):
+        with pytest.raises(PeerError, match=r"teacher 0 .*did not answer HostTransport, nor anything else, within 0\.2 s"):
             await peers[0].call(HostTransport(receivers=1), 0.2)
         with pytest.raises(PeerError, match=r"learner \[0, 1\] did not report"):
             await hub.peers("learner", 2, 0.1)
+
+    with_teachers(1, play, tmp_path)
+
+
+def test_a_request_may_queue_behind_others_for_longer_than_its_time(tmp_path):
+    """The teacher here answers one after another; the last one after twice its time."""
+
+    async def play(hub, peers):
+        slow = [peers[0].call(Export(path="slow"), 1.0) for _ in range(4)]
+        answers = await asyncio.gather(*slow, return_exceptions=True)
+        assert ["no space left" in str(answer) for answer in answers] == [True] * 4
 
     with_teachers(1, play, tmp_path)
 
