@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_opd import config as configs
 from megatron_opd import placement
 from megatron_opd.errors import ConfigError, OPDError
-from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, prepare
+from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, ends_at, prepare
 from megatron_opd.placement import Process, Resources, place
 from megatron_opd.progress import Progress, console
 from megatron_opd.recovery import rewind
@@ -142,7 +142,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         console().print(configs.to_yaml(config), _roles(processes), highlight=False)
         return
-    stop = StopRequest()
+    stop = StopRequest(ends_at(config.checkpoint))
     folder, version = prepare(config, processes, resume=arguments.resume)
     begins = f"going on behind step {version}" if arguments.resume else "starting"
     loop = [process for process in processes if process.role != "evaluate"]
@@ -152,7 +152,7 @@ def _train(arguments: argparse.Namespace) -> None:
             children.start(process)
         children.watch("controller", progress.update, stop)
     if not (folder / "summary.json").exists():
-        _tell(f"stopped before step {config.loop.steps}, as asked; go on with: megatron-opd train {arguments.config} --resume")
+        _tell(f"stopped before step {config.loop.steps}, {stop.why}; go on with: megatron-opd train {arguments.config} --resume")
         sys.exit(STOPPED)
     for evaluation in (process for process in processes if process.role == "evaluate"):
         console().print(f"evaluating on {config.eval.prompts}", highlight=False)

@@ -251,13 +251,22 @@ class CheckpointConfig:
 
     every_steps: int = 50  # 0: only when the run is asked to stop
     keep: int = 2  # the last so many
-    keep_every: int = 0  # and those whose step is a multiple of this, for ever; 0: no others
+    keep_every: int = 0  # and those whose step is a multiple of this, for ever
+    keep_best: int = 0  # and so many whose own step had the lowest `best_by`
+    best_by: str = "loss"  # or one of the diagnostics in metrics.jsonl, e.g. kl
+    time_limit_s: float = 0.0  # of a `train`; 0: until the end of the SLURM job around it, if any. `launch slurm` has slurm.signal_s
+    before_limit_s: float = 300.0  # so long before that limit the run saves and ends, to be resumed; more than one step takes
     journal: Literal["off", "process", "step", "record"] = "step"  # survives a dead process; machine, by step; machine, each record
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "keep")
-        for name in ("every_steps", "keep_every"):
+        for name in ("every_steps", "keep_every", "keep_best", "time_limit_s", "before_limit_s"):
             _require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must be 0 or more")
+        _require(
+            not self.time_limit_s or self.time_limit_s > self.before_limit_s,
+            f"checkpoint.time_limit_s={self.time_limit_s:g} leaves no time before checkpoint.before_limit_s={self.before_limit_s:g}; "
+            "raise the one or lower the other",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

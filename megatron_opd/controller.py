@@ -85,6 +85,7 @@ class Controller:
         self._journeys: set[asyncio.Task] = set()
         self._unfinished: RunState | None = None  # of a checkpoint that the learner is writing
         self._saved = before.version  # of the last checkpoint, unfinished or not
+        self._metrics = before.metrics  # of the last step
         self._started = time.monotonic()
         self.totals = Totals(tokens=before.tokens, lags=Counter(before.lag_histogram), seconds=Counter(before.seconds_by_stage))
 
@@ -188,7 +189,7 @@ class Controller:
             waited = time.monotonic()
             async with self._weights:
                 report: StepReport = await self._roles.learner.call(Train(trajectories=batch), self._timeout_s)
-                self._version = version
+                self._version, self._metrics = version, self._recovery.metrics(report)
                 trained = time.monotonic()
                 if self._config.loop.exact_lag:
                     end = self._config.loop.batch * min(version + self._config.loop.max_lag, self._config.loop.steps)
@@ -271,6 +272,7 @@ class Controller:
             seconds_by_stage=dict(self.totals.seconds),
             busy_seconds=self._busy_seconds(),
             guard=self._guard.state,
+            metrics=self._metrics,
         )
 
     def _busy_seconds(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
 from megatron_opd import placement
-from megatron_opd.config import Config, fixed, load, to_yaml
+from megatron_opd.config import CheckpointConfig, Config, fixed, load, to_yaml
 from megatron_opd.errors import ConfigError, HungUpError, OPDError
 from megatron_opd.placement import Process
 from megatron_opd.recovery import rewind
@@ -25,6 +25,7 @@ from megatron_opd.runtime.report import REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
 
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
+SLURM_JOB_END_TIME = "SLURM_JOB_END_TIME"  # seconds since the epoch
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL
 _REPLACEABLE = ("rollout", "teacher")
 _DISTANCE = {RuntimeError.__name__: 2, HungUpError.__name__: 3}  # what a rank raises when a neighbour died, a role when the controller did
@@ -59,18 +60,40 @@ class Child:
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1, from now on: the first asks for an orderly end with a checkpoint, the second ends at once, as SIGINT does."""
+    """A time that comes, or SIGTERM or SIGUSR1 from now on, ask for an orderly end with a checkpoint.
 
-    def __init__(self) -> None:
-        self.made = False
+    A second signal ends the run at once, as SIGINT does.
+    """
+
+    def __init__(self, at_s: float = math.inf) -> None:
+        """`at_s` counts from the epoch."""
+        self._at_s = at_s
+        self._signalled = False
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.made = True
+        self._signalled = True
+
+    @property
+    def made(self) -> bool:
+        """Whether the run is to end."""
+        return self._signalled or time.time() >= self._at_s
+
+    @property
+    def why(self) -> str:
+        """Who made it."""
+        return "as asked" if self._signalled else "before its time limit"
+
+
+def ends_at(settings: CheckpointConfig) -> float:
+    """When a run that starts now is to save and end, in seconds since the epoch: before its own limit, or that of the job around it."""
+    if settings.time_limit_s:
+        return time.time() + settings.time_limit_s - settings.before_limit_s
+    return float(os.environ.get(SLURM_JOB_END_TIME, math.inf)) - settings.before_limit_s
 
 
 def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = False) -> tuple[Path, int]:
@@ -196,7 +219,7 @@ class Children:
         while self._is_on(leader):
             self._supervise()
             if stop is not None and stop.made and not asked:
-                asked = self._ask_to_stop(leader)
+                asked = self._ask_to_stop(leader, stop.why)
             if time.monotonic() > limit:
                 raise RoleDied(f"{leader} did not end within {timeout_s:g} s; see {self._folder / 'logs'}")
             show()
@@ -220,13 +243,13 @@ class Children:
         due = greeted and any(process.role == leader for _, processes in self._due for process in processes)
         return due or any(child.popen.poll() is None or child.failed for child in mine)
 
-    def _ask_to_stop(self, leader: str) -> bool:
+    def _ask_to_stop(self, leader: str, why: str) -> bool:
         """Whether the leader could be told: a controller that listens."""
         if leader != "controller":
             raise KeyboardInterrupt
         if not (self._folder / "controller.json").exists():
             return False
-        self._tell("asked to stop: the step that is under way is finished first; ask again to end at once")
+        self._tell(f"the run ends {why}: the step that is under way is finished first; a second signal ends it at once")
         for child in self._children:
             if child.process.role == leader and child.popen.poll() is None:
                 child.popen.send_signal(signal.SIGUSR1)

@@ -22,7 +22,7 @@ from megatron_opd.errors import ConfigError, GuardError
 from megatron_opd.runtime.append import append
 from megatron_opd.store.checkpoints import Checkpoints
 from megatron_opd.store.journal import Journal, Paid
-from megatron_opd.types import GuardState, Rollout, RunState, SetAside, TeacherScores
+from megatron_opd.types import GuardState, Rollout, RunState, SetAside, StepReport, TeacherScores
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -63,6 +63,18 @@ class Recovery:
     def due(self, version: int) -> bool:
         """Whether a checkpoint is to be made of this version."""
         return self._settings.every_steps > 0 and version % self._settings.every_steps == 0
+
+    def metrics(self, report: StepReport) -> dict[str, float | None]:
+        """What a checkpoint behind this step is to be judged by.
+
+        Raises:
+            ConfigError: `checkpoint.best_by` is not among it.
+        """
+        found: dict[str, float | None] = {"loss": report.loss, **report.diagnostics}
+        wanted = self._settings.best_by
+        if self._settings.keep_best and wanted not in found:
+            raise ConfigError(f"checkpoint.best_by={wanted} is nothing that a step of this run reports; use one of {', '.join(found)}")
+        return found
 
     async def keep(self, record: Rollout | TeacherScores) -> None:
         """Puts down what was paid for."""

@@ -350,6 +350,7 @@ class RunState:
     seconds_by_stage: dict[str, float]
     busy_seconds: dict[str, float]
     guard: GuardState
+    metrics: dict[str, float | None] = field(default_factory=dict)  # loss and diagnostics of step `version`; None: not a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

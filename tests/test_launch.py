@@ -1,13 +1,17 @@
 """A run directory is made once, gone on with on wish, and never mistaken for another run's."""
 
 import json
+import math
+import signal
+import time
 
 import pytest
 from omegaconf import OmegaConf
 
 from megatron_opd import config as configs
+from megatron_opd.config import CheckpointConfig
 from megatron_opd.errors import ConfigError
-from megatron_opd.launch import prepare
+from megatron_opd.launch import StopRequest, ends_at, prepare
 from megatron_opd.placement import Resources, place
 
 
@@ -54,6 +58,37 @@ def test_other_settings_than_before_are_refused_by_name(make, sections, message)
     with pytest.raises(ConfigError, match=message):
         make(resume=True, **sections)
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.fixture
+def signals():
+    """Lets a test take signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_run_ends_before_its_own_limit_or_that_of_the_job_around_it(monkeypatch, signals):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert ends_at(CheckpointConfig()) == math.inf and not StopRequest(math.inf).made
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    assert ends_at(CheckpointConfig(before_limit_s=600)) - time.time() == pytest.approx(400, abs=2)
+    assert ends_at(CheckpointConfig(before_limit_s=600, time_limit_s=700)) - time.time() == pytest.approx(100, abs=1), "its own counts"
+    with pytest.raises(ConfigError, match=r"time_limit_s=60 leaves no time before checkpoint\.before_limit_s=300"):
+        CheckpointConfig(time_limit_s=60)
+
+
+def test_a_limit_is_no_signal_and_the_second_signal_ends_at_once(signals):
+    stop = StopRequest(time.time() + 0.05)
+    assert not stop.made
+    time.sleep(0.1)
+    assert stop.made and stop.why == "before its time limit"
+    signal.raise_signal(signal.SIGUSR1)
+    assert stop.made and stop.why == "as asked"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_directory_of_something_else_is_left_alone(make, tmp_path):

@@ -14,7 +14,7 @@ from megatron_opd import config as configs
 from megatron_opd import recovery
 from megatron_opd.errors import ConfigError, GuardError
 from megatron_opd.recovery import Recovery
-from megatron_opd.types import Rollout, Segment
+from megatron_opd.types import Rollout, Segment, StepReport
 
 
 @pytest.fixture
@@ -70,6 +70,23 @@ def test_a_checkpoint_waits_until_the_disk_has_room_for_it(settings, tmp_path, m
     monkeypatch.setattr(recovery.shutil, "disk_usage", lambda folder: next(answers))
     folder = asyncio.run(Recovery(settings(), tmp_path).begin(7))
     assert folder.is_dir() and caplog.text.count("a checkpoint needs") == 2
+
+
+def test_a_metric_that_no_step_reports_is_refused_by_name(settings, tmp_path):
+    words = {
+        "loss": 0.5,
+        "kl_by_position": {},
+        "grad_norm": 1.0,
+        "learning_rate": 1.0,
+        "sequences": 1,
+        "tokens": 1,
+        "lags": {},
+        "seconds": {},
+    }
+    report = StepReport(version=1, diagnostics={"kl": 0.25}, **words)
+    assert Recovery(settings(checkpoint={"keep_best": 1, "best_by": "kl"}), tmp_path).metrics(report) == {"loss": 0.5, "kl": 0.25}
+    with pytest.raises(ConfigError, match=r"checkpoint\.best_by=KL is nothing that a step of this run reports; use one of loss, kl"):
+        Recovery(settings(checkpoint={"keep_best": 1, "best_by": "KL"}), tmp_path).metrics(report)
 
 
 def test_a_quarantine_counts_each_prompt_once_over_all_processes_of_a_run(settings, tmp_path):

@@ -4,6 +4,7 @@ A checkpoint is written into a folder with a leading dot, synced, and renamed: `
 It holds `learner/`, which the learner writes, and `run.json`, which says where the loop stood at the same moment.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,11 +34,7 @@ class Checkpoints:
         if not steps:
             return None
         folder = steps[max(steps)]
-        try:
-            state = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunState)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise CheckpointError(f"{folder / 'run.json'} does not load: {error}; remove {folder} to go on from an earlier one") from error
-        return folder / "learner", state
+        return folder / "learner", _state(folder)
 
     def size(self) -> int:
         """Bytes of the last checkpoint, 0 if there is none."""
@@ -71,12 +68,25 @@ class Checkpoints:
 
     def _superfluous(self) -> Iterator[Path]:
         steps, keep_every = self._steps(), self._settings.keep_every
+        best = sorted(steps, key=lambda step: (self._score(steps[step]), step))[: self._settings.keep_best]
         for step in sorted(steps)[: -self._settings.keep]:
-            if not keep_every or step % keep_every:
+            if step not in best and (not keep_every or step % keep_every):
                 yield steps[step]
+
+    def _score(self, folder: Path) -> float:
+        """The lower the better."""
+        score = _state(folder).metrics.get(self._settings.best_by) if self._settings.keep_best else None
+        return score if score is not None else math.inf
 
     def _partial(self, version: int) -> Path:
         return self._folder / f".step-{version:08}.{os.getpid()}"
+
+
+def _state(folder: Path) -> RunState:
+    try:
+        return msgspec.json.decode((folder / "run.json").read_bytes(), type=RunState)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{folder / 'run.json'} does not load: {error}; remove {folder} to go on from an earlier one") from error
 
 
 def _sync(path: Path) -> None:

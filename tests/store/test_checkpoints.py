@@ -1,5 +1,6 @@
 """A checkpoint is there whole or not at all, and those that are not to be kept go."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,10 +24,10 @@ STATE = RunState(
 )
 
 
-def write(checkpoints, version):
+def write(checkpoints, version, metrics=None):
     folder = checkpoints.begin(version)
     (folder / "weights").write_bytes(b"x" * version)
-    checkpoints.commit(replace(STATE, version=version))
+    checkpoints.commit(replace(STATE, version=version, metrics=metrics or {}))
 
 
 def names(folder):
@@ -43,6 +44,18 @@ def test_the_last_ones_and_every_mth_are_kept(tmp_path, keep_every, kept):
     folder, state = checkpoints.newest()
     assert state == replace(STATE, version=5) and (folder / "weights").read_bytes() == b"x" * 5
     assert checkpoints.size() == 5 + (folder.parent / "run.json").stat().st_size
+
+
+def test_those_with_the_lowest_metric_are_kept_and_a_step_without_one_is_the_worst(tmp_path):
+    scores = [0.5, 0.1, math.nan, 0.3, 0.1, 0.4, 0.9]
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=3, best_by="kl"))
+    for version, score in enumerate(scores, 1):
+        write(checkpoints, version, {"loss": -score, "kl": score})
+    assert names(tmp_path) == [f"step-{version:08}" for version in (2, 4, 5, 7)]
+    few = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=1))  # by the loss, from now on
+    write(few, 8, {"loss": 0.0, "kl": math.inf})
+    assert names(tmp_path) == ["step-00000007", "step-00000008"]
+    assert few.newest()[1].metrics == {"loss": 0.0, "kl": None}
 
 
 def test_what_was_not_committed_is_no_checkpoint_and_goes(tmp_path):
