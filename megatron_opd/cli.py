@@ -18,7 +18,7 @@ from megatron_opd import placement
 from megatron_opd.errors import ConfigError, OPDError
 from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, ends_at, prepare
 from megatron_opd.placement import Process, Resources, place
-from megatron_opd.progress import Progress, console
+from megatron_opd.progress import Progress, console, tell
 from megatron_opd.recovery import rewind
 from megatron_opd.runtime.report import report_death
 
@@ -227,7 +227,7 @@ def _this_machine(config: configs.Config) -> Resources:
 
 
 def _tell(line: str) -> None:
-    console().print(line, highlight=False, soft_wrap=True)
+    tell(console(), line)
 
 
 def _roles(processes: tuple[Process, ...]) -> Table:

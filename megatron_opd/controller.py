@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from megatron_opd.config import Config
 from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.data.prompts import PromptSource
-from megatron_opd.errors import GuardError, PeerError
+from megatron_opd.errors import CheckpointError, GuardError, PeerError
 from megatron_opd.fleet import Fleet, Samplers
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
@@ -33,6 +33,7 @@ from megatron_opd.types import (
     RunState,
     RunSummary,
     SaveCheckpoint,
+    Saved,
     Score,
     Segment,
     StepReport,
@@ -43,6 +44,7 @@ from megatron_opd.types import (
 )
 
 _LOG = logging.getLogger(__name__)
+_CHECKPOINT_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ class Controller:
         self._journeys: set[asyncio.Task] = set()
         self._unfinished: RunState | None = None  # of a checkpoint that the learner is writing
         self._saved = before.version  # of the last checkpoint, unfinished or not
+        self._failures = 0  # of checkpoints, in a row
         self._metrics = before.metrics  # of the last step
         self._started = time.monotonic()
         self.totals = Totals(tokens=before.tokens, lags=Counter(before.lag_histogram), seconds=Counter(before.seconds_by_stage))
@@ -106,13 +109,14 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             others = [tasks.create_task(self._admit(tasks)), tasks.create_task(self._recruit())]
             await self._train(export_path, stop)
-            await self._finish_checkpoint()
+            while self._unfinished is not None:
+                await self._finish_checkpoint()
             for task in [*others, *self._journeys]:
                 task.cancel()
         if self._version < self._config.loop.steps:
             return None
         summary = self._summary(export_path)
-        await self._roles.learner.call(Export(path=export_path), self._timeout_s)
+        await self._export(export_path)
         return summary
 
     async def stop(self) -> None:
@@ -231,22 +235,36 @@ class Controller:
         self._unfinished, self._saved = self._state(), self._version
 
     async def _finish_checkpoint(self) -> None:
-        if self._unfinished is not None:
-            await self._roles.learner.call(FinishCheckpoint(), self._timeout_s)
-            await self._recovery.commit(self._unfinished)
-            self._unfinished = None
+        """Waits until what the learner writes is on disk; if it could not be written, one of the present step is begun instead."""
+        if self._unfinished is None:
+            return
+        state, self._unfinished = self._unfinished, None
+        saved: Saved = await self._roles.learner.call(FinishCheckpoint(), self._timeout_s)
+        if not saved.fault:
+            self._failures = 0
+            return await self._recovery.commit(state)
+        self._failures += 1
+        if self._failures == _CHECKPOINT_ATTEMPTS:
+            raise CheckpointError(f"{_CHECKPOINT_ATTEMPTS} checkpoints in a row: {saved.fault}")
+        _LOG.warning("the run has no checkpoint of step %d: %s", state.version, saved.fault)
+        self._saved = 0
+        await self._begin_checkpoint()
 
     async def _export_and_guard(self, report: StepReport, batch: Sequence[Trajectory], export_path: str) -> None:
         """Writes the student where it is due, and where the guard stops the run: what went wrong can be looked at."""
         every, path = self._config.loop.export_every, f"{export_path}-{report.version}"
         if every and report.version % every == 0:
-            await self._roles.learner.call(Export(path=path), self._timeout_s)
+            await self._export(path)
         sampled = self._roles.rollouts is not None
         try:
             self._guard.watch(report, sum(len(trajectory.rollout.response_ids) for trajectory in batch) / len(batch) if sampled else None)
         except GuardError:
-            await self._roles.learner.call(Export(path=path), self._timeout_s)
+            await self._export(path)
             raise
+
+    async def _export(self, path: str) -> None:
+        await self._recovery.room_for_export()
+        await self._roles.learner.call(Export(path=path), self._timeout_s)
 
     async def _publish(self, version: int) -> dict[str, float]:
         """Streams the learner's weights into every rollout replica: what is sampled is what is trained, version 0 included."""
@@ -308,8 +326,8 @@ class Controller:
         assert max(report.lags, default=0) <= self._config.loop.max_lag, f"lag {max(report.lags)} exceeds loop.max_lag: the store is broken"
         lengths = [len(trajectory.rollout.response_ids) for trajectory in batch]
         stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch) / len(batch)
-        prompts = range((report.version - 1) * self._config.loop.batch, report.version * self._config.loop.batch)
+        indices = [trajectory.rollout.index for trajectory in batch]
         mean = sum(lengths) / len(lengths)
         await self._recovery.when_there_is_room(
-            lambda: self._log.write(report, seconds, prompts=prompts, mean_length=mean, stopped=stopped)
+            lambda: self._log.write(report, seconds, prompts=range(min(indices), max(indices) + 1), mean_length=mean, stopped=stopped)
         )

@@ -17,6 +17,10 @@ class CheckpointError(OPDError):
     """A model folder lacks tensors, has unknown ones, or was written half."""
 
 
+class UnsavedError(OPDError):
+    """A checkpoint could not be written. No rank waits for another one, and training can go on."""
+
+
 class WireError(OPDError):
     """Bytes from a peer do not decode to the message that was expected."""
 

@@ -21,7 +21,7 @@ from megatron_opd.errors import ConfigError, HungUpError, OPDError
 from megatron_opd.placement import Process
 from megatron_opd.recovery import rewind
 from megatron_opd.runtime.environment import environment
-from megatron_opd.runtime.report import REPLACE, REPORT_FD
+from megatron_opd.runtime.report import READY, REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
 
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
@@ -51,7 +51,9 @@ class Child:
     log: Path
     report: IO[bytes]  # read end of its pipe
     replacement: bool  # started in the place of one that died
-    reports: list[dict[str, Any]] = field(default_factory=list)  # what came out of the pipe
+    started_s: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    reports: list[dict[str, Any]] = field(default_factory=list)  # deaths that came out of the pipe
 
     @property
     def failed(self) -> bool:
@@ -116,10 +118,11 @@ def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = Fa
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"run.dir={folder} is not empty; name a new directory, remove the old run, or go on with it by --resume")
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        make_keys(folder / "keys")
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml.partial").write_text(to_yaml(config))
-        (folder / "config.yaml.partial").rename(folder / "config.yaml")
+        (folder / "config.yaml.partial").rename(folder / "config.yaml")  # first: it says that this is a run's directory
+        (folder / "logs").mkdir(exist_ok=True)
+        make_keys(folder / "keys")
         placement.save(processes, folder)
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error}") from error
@@ -128,10 +131,11 @@ def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = Fa
 
 def _clear_failed_start(folder: Path) -> None:
     """Removes what a run left that ended before its first step; a directory with anything else in it stays as it is."""
-    made = {"config.yaml", "controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
+    configs = {"config.yaml", "config.yaml.partial"}
+    made = configs | {"controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
-    if "config.yaml" in found and found <= made and not (steps.exists() and steps.stat().st_size):
+    if found & configs and found <= made and not (steps.exists() and steps.stat().st_size):
         shutil.rmtree(folder)
 
 
@@ -259,8 +263,10 @@ class Children:
         """Replaces what can be replaced, as often as is allowed; who dies before all had reported for the first time can not."""
         for child in self._children:
             for report in _listen(child):
-                if report["kind"] == REPLACE:
-                    self._end(report["pid"], report["message"])
+                self._end(report["pid"], report["message"])
+            wait_s = self._config.run.start_timeout_s
+            if child.replacement and not child.ready and time.monotonic() > child.started_s + wait_s:
+                self._end(child.popen.pid, f"it was not ready within {wait_s:g} s")
         while self._due and self._due[0][0] <= time.monotonic():
             for process in self._due.pop(0)[1]:
                 self.start(process, replacement=True)
@@ -331,7 +337,8 @@ def _kill(children: Sequence[Child], number: signal.Signals) -> None:
 def _listen(child: Child) -> list[dict[str, Any]]:
     """What came out of the pipe since the last time: requests, which are the caller's; a death is kept for `_cause`."""
     lines = [json.loads(line) for line in (child.report.read() or b"").splitlines()]
-    child.reports += [line for line in lines if line["kind"] != REPLACE]
+    child.ready |= any(line["kind"] == READY for line in lines)
+    child.reports += [line for line in lines if line["kind"] not in (READY, REPLACE)]
     return [line for line in lines if line["kind"] == REPLACE]
 
 

@@ -24,7 +24,8 @@ class StepLog:
         self._lines.truncate(min(size, self._lines.tell()))
         self._lines.seek(0, os.SEEK_END)
         self._board_folder = str(folder / "tensorboard")
-        self._board = SummaryWriter(self._board_folder, purge_step=version + 1)
+        self._board: SummaryWriter | None = None
+        self._purge_step: int | None = version + 1  # None: done
         self._last = time.monotonic()
 
     @property
@@ -33,7 +34,9 @@ class StepLog:
         return self._lines.tell()
 
     def write(self, report: StepReport, seconds: dict[str, float], *, prompts: range, mean_length: float, stopped: float) -> None:
-        """One step on `prompts`. `seconds` are the controller's stages, `stopped` the share of responses that ended by themselves.
+        """One step on `prompts`, less those that were set aside.
+
+        `seconds` are the controller's stages, `stopped` is the share of responses that ended by themselves.
 
         Raises:
             OSError: the line is not written, not even in part; the call may be repeated.
@@ -55,19 +58,26 @@ class StepLog:
         points |= {"tokens_per_second": line["tokens_per_second"], "mean_length": mean_length, "stopped": stopped}
         points |= {"lag_max": max(report.lags, default=0)} | report.diagnostics
         points |= {f"kl_by_position/{first}": kl for first, kl in report.kl_by_position.items()}
+        self._draw(points, report.version)
+
+    def _draw(self, points: dict[str, float], version: int) -> None:
         try:
+            if self._board is None:
+                self._board = SummaryWriter(self._board_folder, purge_step=self._purge_step)
+                self._purge_step = None
             for name, value in points.items():
-                self._board.add_scalar(name, value, report.version)
+                self._board.add_scalar(name, value, version)
             self._board.flush()
-        except OSError as error:  # a writer that failed once fails for ever
-            _LOG.warning("TensorBoard lacks step %d, which metrics.jsonl has: %s", report.version, error)
-            self._board = SummaryWriter(self._board_folder)
+        except OSError as error:
+            _LOG.warning("TensorBoard lacks step %d, which metrics.jsonl has: %s", version, error)
+            self._board = None  # a writer that failed once fails for ever
 
     def sync(self) -> None:
         """Returns once metrics.jsonl would survive the machine."""
         os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        """Flushes everything to disk."""
+        """Closes the files; every step is on disk."""
         self._lines.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,5 +1,6 @@
 """What the user sees of a run. It reads `metrics.jsonl` and nothing else, so it works for any run, local or not."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ class Progress:
         if self._live:
             self._live.update(Group(_table(step), self._bar))
         else:
-            self._console.print(_line(step), highlight=False, soft_wrap=True)
+            tell(self._console, _line(step))
 
 
 def _values(step: dict[str, Any]) -> dict[str, str]:
@@ -84,6 +85,15 @@ def _table(step: dict[str, Any]) -> Table:
 
 def _line(step: dict[str, Any]) -> str:
     return f"step {step['version']}  " + "  ".join(f"{name} {value}" for name, value in _values(step).items())
+
+
+def tell(console: Console, line: str) -> None:
+    """Prints a line; a run goes on without it if the disk that it goes to is full."""
+    try:
+        console.print(line, highlight=False, soft_wrap=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def console() -> Console:

@@ -26,6 +26,7 @@ from megatron_opd.types import GuardState, Rollout, RunState, SetAside, StepRepo
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 1.0
+_EXPORT_TIMES_STUDENT = 2  # a float32 learner's of a bfloat16 student
 _TIMES_STUDENT = 7  # bytes per parameter: 14 for weights, masters and moments, beside 2 of a bfloat16 student's file
 T = TypeVar("T")
 
@@ -107,12 +108,24 @@ class Recovery:
 
     async def begin(self, version: int) -> Path:
         """The folder that the learner is to write into, once the disk has room for it."""
-        await self._wait_for_room(self._checkpoints.size() or _TIMES_STUDENT * _size(Path(self._student)))
-        return self._checkpoints.begin(version)
+        self._checkpoints.clear()
+        needed_bytes = self._checkpoints.size() or _TIMES_STUDENT * _size(Path(self._student))
+
+        def begin() -> Path:
+            self._require_room(needed_bytes, "a checkpoint")
+            return self._checkpoints.begin(version)
+
+        return await self.when_there_is_room(begin)
+
+    async def room_for_export(self) -> None:
+        """Waits until the disk has room for the student as a Hugging Face folder."""
+        needed_bytes = _EXPORT_TIMES_STUDENT * _size(Path(self._student))
+        await self.when_there_is_room(lambda: self._require_room(needed_bytes, "an export of the student"))
 
     async def commit(self, state: RunState) -> None:
         """Makes the checkpoint whole, and drops from the journal what it has made superfluous."""
-        await asyncio.to_thread(self._checkpoints.commit, state)
+        await self.when_there_is_room(lambda: self._checkpoints.describe(state))
+        await asyncio.to_thread(self._checkpoints.commit, state.version)
         if self._journal is not None:
             self._journal.forget(state.version)
 
@@ -132,13 +145,10 @@ class Recovery:
                 _LOG.warning("the run waits for room on the disk of %s: %s", self._folder, error)
             await asyncio.sleep(_POLL_S)
 
-    async def _wait_for_room(self, needed_bytes: int) -> None:
-        def look() -> None:
-            free = shutil.disk_usage(self._folder).free
-            if free < needed_bytes:
-                raise OSError(errno.ENOSPC, f"a checkpoint needs {needed_bytes >> 20} MiB, {free >> 20} MiB are free", str(self._folder))
-
-        await self.when_there_is_room(look)
+    def _require_room(self, needed_bytes: int, what: str) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if free < needed_bytes:
+            raise OSError(errno.ENOSPC, f"{what} needs {needed_bytes >> 20} MiB, {free >> 20} MiB are free", str(self._folder))
 
     def close(self) -> None:
         """Closes the journal."""

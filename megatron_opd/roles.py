@@ -17,7 +17,7 @@ import msgspec
 
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_tokenizer
-from megatron_opd.errors import CheckpointError, WeightSyncError
+from megatron_opd.errors import CheckpointError, UnsavedError, WeightSyncError
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
 from megatron_opd.placement import Process
 from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config, needs_of
@@ -39,6 +39,7 @@ from megatron_opd.types import (
     Rollout,
     RunSummary,
     SaveCheckpoint,
+    Saved,
     Score,
     SendWeights,
     Stop,
@@ -104,7 +105,7 @@ async def _control(config: Config) -> None:
         controller = Controller(config, prompts, roles, log, recovery, limits)
         summary = await controller.run(str(folder / "hf"), asked)
         if summary is not None:
-            _write(folder / "summary.json", summary)
+            await recovery.when_there_is_room(lambda: _write(folder / "summary.json", summary))
         log.close()
         recovery.close()
         await controller.stop()
@@ -119,7 +120,7 @@ async def _assemble(config: Config, hub: rpc.Hub, *, replaced: bool) -> "Roles":
     needs, wait_s = build_estimator(config).needs, config.run.start_timeout_s
     (learner,) = await hub.peers("learner", 1, wait_s)
     rollouts = teachers = None
-    patience_s = wait_s + config.supervision.backoff_s * 2**config.restarts if replaced else 0.0
+    patience_s = 2 * wait_s + config.supervision.backoff_s * 2**config.restarts if replaced else 0.0
     if needs.generation:
         await hub.peers("rollout", config.rollout.replicas, wait_s)
         width, timeout_s = config.rollout.tensor_parallel, config.run.peer_timeout_s
@@ -216,8 +217,11 @@ class LearnerHandler:
                 self._learner.save(path)
                 return [Done()]
             case FinishCheckpoint():
-                self._learner.finish_save()
-                return [Done()]
+                try:
+                    self._learner.finish_save()
+                except UnsavedError as error:
+                    return [Saved(fault=str(error))]
+                return [Saved()]
             case LoadCheckpoint(path=path, version=version):
                 self._learner.load(path)
                 if self._learner.version != version:
@@ -252,6 +256,7 @@ def _serve(desk: rpc.Desk | None, ranks: Ranks | None, handle: Handler, batches:
     """The first rank takes requests and groups them; all ranks handle each group; the first rank answers."""
     if desk is not None:
         desk.greet()
+    report.report_ready()
     while True:
         for numbers, request in batches(desk.receive(gather_s)) if desk is not None else [([], None)]:
             if ranks is not None:
@@ -324,6 +329,7 @@ async def _rollout(config: Config, process: Process) -> None:
     backend: RolloutBackend = await VLLMRollout.start(_engine_settings(config))
     desk = _open(rpc.AsyncDesk, config, process)
     await desk.greet()
+    report.report_ready()
 
     async def handle(message: object) -> object:
         match message:

@@ -337,6 +337,13 @@ class GuardState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """Learner to controller, in answer to FinishCheckpoint."""
+
+    fault: str = ""  # why nothing was saved after all; the learner goes on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """Where the loop stood at one moment: with the learner's checkpoint of the same moment, all that a run goes on from."""
 

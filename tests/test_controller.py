@@ -37,6 +37,7 @@ from megatron_opd.types import (
     Needs,
     ReceiveWeights,
     SaveCheckpoint,
+    Saved,
     Score,
     SendWeights,
     StepReport,
@@ -53,6 +54,7 @@ class ScriptedLearner:
 
     def __init__(self, fail_at=None):
         self.trained, self.version, self.fail_at, self.exported, self.scored = [], 0, fail_at, [], []
+        self.unsaved = []  # faults of the next checkpoints
 
     async def answer(self, message):
         if isinstance(message, Train):
@@ -83,6 +85,7 @@ class ScriptedLearner:
             self.saving.write_text(str(self.version))
         if isinstance(message, FinishCheckpoint):
             assert self.saving.exists()
+            return Saved(fault=self.unsaved.pop() if self.unsaved else "")
         if isinstance(message, LoadCheckpoint):
             self.version = int(Path(message.path, "version").read_text())
         return Address(host="127.0.0.1", port=0) if isinstance(message, HostTransport) else Done()
@@ -271,6 +274,21 @@ def test_a_request_to_stop_leaves_a_checkpoint_of_the_step_under_way(tmp_path):
     assert len(whole_steps(tmp_path)) == first.version < STEPS
     play(tmp_path, 1, second)
     assert first.trained + second.trained == list(range(STEPS * BATCH)) and len(whole_steps(tmp_path)) == STEPS
+
+
+@pytest.mark.parametrize("failures", [2, 5])
+def test_a_checkpoint_that_cannot_be_written_is_followed_by_one_of_a_later_step(tmp_path, failures, caplog):
+    learner = ScriptedLearner()
+    learner.unsaved = ["no room"] * failures
+    if failures == 5:
+        with pytest.raises(ExceptionGroup) as caught:
+            play(tmp_path, 1, learner, sections={"checkpoint": {"every_steps": 2}})
+        assert "5 checkpoints in a row: no room" in str(first_of(caught.value))
+        return
+    play(tmp_path, 1, learner, sections={"checkpoint": {"every_steps": 7, "keep": 9}})
+    assert caplog.text.count("the run has no checkpoint of step 7: no room") == 1
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000009"], "7 and 8 failed"
+    assert learner.trained == list(range(STEPS * BATCH))
 
 
 @pytest.mark.parametrize(("max_lag", "replicas"), [(0, 1), (1, 2)])

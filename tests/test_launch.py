@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 import signal
+import sys
 import time
 
 import pytest
 from omegaconf import OmegaConf
 
 from megatron_opd import config as configs
+from megatron_opd import placement
 from megatron_opd.config import CheckpointConfig
 from megatron_opd.errors import ConfigError
-from megatron_opd.launch import StopRequest, ends_at, prepare
+from megatron_opd.launch import Children, RoleDied, StopRequest, ends_at, prepare
 from megatron_opd.placement import Resources, place
 
 
@@ -58,6 +61,36 @@ def test_other_settings_than_before_are_refused_by_name(make, sections, message)
     with pytest.raises(ConfigError, match=message):
         make(resume=True, **sections)
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("left", [["config.yaml.partial"], ["config.yaml", "logs"], ["config.yaml", "config.yaml.partial", "keys"]])
+def test_a_start_that_was_cut_short_is_begun_again(make, tmp_path, left):
+    make(resume=True)
+    for entry in (tmp_path / "run").iterdir():
+        if entry.name not in left:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if "config.yaml.partial" in left:
+        (tmp_path / "run" / "config.yaml.partial").write_text("run:\n  di")
+    folder, version = make(resume=True)
+    assert version == 0 and {"config.yaml", "keys", "logs", "placement.json"} == {entry.name for entry in folder.iterdir()}
+
+
+def test_a_replacement_that_hangs_before_it_is_ready_is_replaced_too(make, tmp_path, monkeypatch):
+    folder, _ = make(resume=False, run={"start_timeout_s": 0.3}, supervision={"restarts": 1, "backoff_s": 0})
+    for name in ("metrics.jsonl", "controller.json"):
+        (folder / name).write_text("")
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    told = []
+    with Children(folder, configs.load(folder / "config.yaml"), told.append) as children:
+        for process in placement.load(folder):
+            if process.role in ("controller", "teacher"):
+                children.start(process, replacement=process.role == "teacher")
+        with pytest.raises(RoleDied, match=r"teacher-0: it was not ready within 0\.3 s"):
+            children.watch("controller", lambda: None, timeout_s=20)
+    assert len(told) == 1 and "it is replaced (1 of 1 times)" in told[0]
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ def checkpoint_cost(folder: Path, batch: list[Trajectory]) -> dict:
                 learner.save(str(checkpoints.begin(version)))
             if saves and number == 1:
                 learner.finish_save()
-                checkpoints.commit(_state(version))
+                checkpoints.describe(_state(version))
+                checkpoints.commit(version)
         return time.perf_counter() - start
 
     block(saves=True)  # the writer's helper process starts once

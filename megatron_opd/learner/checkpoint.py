@@ -23,7 +23,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_opd.errors import CheckpointError
+from megatron_opd.errors import CheckpointError, UnsavedError
 from megatron_opd.model.parallel import ParallelConfig, place
 from megatron_opd.weights.checkpoint import DistributedCheckpoint
 
@@ -54,12 +54,16 @@ class TrainingState:
         """Waits until what was begun is on disk on every rank.
 
         Raises:
-            CheckpointError: it could not be written; the folder is to be thrown away.
+            UnsavedError: on every rank: a writer failed, on a full disk for one. The folder is to be thrown away.
+            CheckpointError: this rank failed alone.
         """
         assert self._writing is not None, "nothing is being written"
         folder, self._writing = self._writing, None
         with _named(folder):
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            try:
+                self._queue.maybe_finalize_async_calls(blocking=True)
+            except CheckpointException as error:
+                raise UnsavedError(f"{folder} could not be written: {' '.join(str(error).split())}") from error
 
     def load(self, folder: Path) -> dict[str, int]:
         """Fills model and optimizer; returns the counters that were saved with them.

@@ -328,6 +328,10 @@ class _NoRecovery:
         """Never."""
         return False
 
+    def metrics(self, report: StepReport) -> dict[str, float | None]:
+        """None."""
+        return {}
+
     async def keep(self, record: Rollout | TeacherScores) -> None:
         """Nowhere."""
 
@@ -337,6 +341,9 @@ class _NoRecovery:
     async def when_there_is_room(self, write: Callable[[], T]) -> T:
         """There always is."""
         return write()
+
+    async def room_for_export(self) -> None:
+        """At once."""
 
 
 class _Prompts:

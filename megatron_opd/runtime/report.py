@@ -1,4 +1,7 @@
-"""What a role tells the process that started it: what it dies of, and whom it wants replaced. A pipe, so that a full disk hides nothing."""
+"""What a role tells the process that started it: that it is ready, what it dies of, and whom it wants replaced.
+
+It goes through a pipe, so that a full disk hides nothing.
+"""
 
 import json
 import os
@@ -7,7 +10,7 @@ import time
 from megatron_opd.errors import OPDError
 
 REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # the pipe's number, where a launcher listens
-REPLACE = "replace"  # kind of a report that is no death
+READY, REPLACE = "ready", "replace"  # kinds of reports that are no deaths
 
 
 def has_launcher() -> bool:
@@ -19,6 +22,11 @@ def report_death(error: BaseException) -> None:
     """Tells the launcher why this process ends, if there is one."""
     message = str(error) if isinstance(error, OPDError) else f"{type(error).__name__}: {error}"
     _write({"kind": type(error).__name__, "message": message[:3000]})
+
+
+def report_ready() -> None:
+    """Tells the launcher that this process has all that it needs for its work."""
+    _write({"kind": READY})
 
 
 def ask_for_replacement(pid: int, reason: str) -> None:

@@ -18,7 +18,7 @@ _MESSAGES = {
     for message in (
         types.Hello, types.Generate, types.Sample, types.Rollout, types.Score, types.TeacherScores, types.Train, types.StepReport,
         types.Address, types.HostTransport, types.JoinTransport, types.SendWeights, types.ReceiveWeights, types.Export, types.Stop,
-        types.Done, types.SaveCheckpoint, types.FinishCheckpoint, types.LoadCheckpoint, types.SetAside,
+        types.Done, types.SaveCheckpoint, types.FinishCheckpoint, types.Saved, types.LoadCheckpoint, types.SetAside,
     )
 }  # fmt: skip
 

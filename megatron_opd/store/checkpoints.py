@@ -42,20 +42,26 @@ class Checkpoints:
         return sum(file.stat().st_size for file in steps[max(steps)].rglob("*") if file.is_file()) if steps else 0
 
     def begin(self, version: int) -> Path:
-        """An empty folder for the learner's part; what an earlier process left unfinished is removed."""
-        for left in self._folder.glob(".step-*"):
-            shutil.rmtree(left)
+        """An empty folder for the learner's part. A disk that had no room for it may be tried again."""
         folder = self._partial(version) / "learner"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def commit(self, state: RunState) -> None:
-        """Makes the checkpoint of `state.version`, whose learner's part is on disk, visible, and removes those that are not to be kept."""
-        partial = self._partial(state.version)
-        (partial / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1))
+    def clear(self) -> None:
+        """Removes what was begun and not committed, by an earlier process for one."""
+        for left in self._folder.glob(".step-*"):
+            shutil.rmtree(left)
+
+    def describe(self, state: RunState) -> None:
+        """Puts the loop's state beside the learner's part. A disk that had no room for it may be tried again."""
+        (self._partial(state.version) / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1))
+
+    def commit(self, version: int) -> None:
+        """Makes a checkpoint whose two parts are on disk visible, and removes those that are not to be kept."""
+        partial = self._partial(version)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
-        target = self._folder / f"step-{state.version:08}"
+        target = self._folder / f"step-{version:08}"
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)

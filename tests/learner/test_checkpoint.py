@@ -1,12 +1,14 @@
 """A learner that was saved and loaded goes on as if nothing had happened: bit for bit, and in another layout to rounding."""
 
 import shutil
+import subprocess
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_opd.config import LearnerConfig, OptimizerConfig
+from megatron_opd.errors import UnsavedError
 from megatron_opd.estimators import build
 from megatron_opd.learner.learner import Learner, StudentModel
 from megatron_opd.runtime.collective import Ranks
@@ -77,6 +79,37 @@ def test_two_replicas_go_on_from_a_bfloat16_checkpoint_of_two_tensor_ranks(folde
     found = run_ranks(train, 2, folder, {"data_parallel": 2}, "bfloat16", str(tmp_path), "")[0]
     assert found["loss"] == pytest.approx(whole["loss"][SAVED_AT:], rel=0.01)
     assert found["learning_rate"] == whole["learning_rate"][SAVED_AT:]
+
+
+def save_without_room(folder, small, large):
+    """Makes a step, begins its checkpoint where it does not fit, makes a second step, saves that one elsewhere; returns why the first failed."""
+    student = StudentModel(path=folder, hf_config=read_config(folder), steps=10, seed=0, device="cpu")
+    learner = Learner(student, LearnerConfig(data_parallel=dist.get_world_size()), ESTIMATOR, Ranks())
+    learner.train(trajectories(ESTIMATOR.needs, vocab=507))
+    learner.save(small)
+    learner.train(trajectories(ESTIMATOR.needs, vocab=507))
+    try:
+        learner.finish_save()
+    except UnsavedError as error:
+        fault = str(error)
+    learner.save(large)
+    learner.finish_save()
+    return fault, learner.version
+
+
+def test_a_learner_whose_checkpoint_finds_no_room_goes_on_and_saves_again(folder, tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir(), large.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        found = run_ranks(save_without_room, 2, folder, str(small), str(large))
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+    for fault, version in found:
+        assert f"{small} could not be written" in fault and version == 2
+    assert list(large.glob("*.distcp")) and (large / ".metadata").exists()
 
 
 def damaged(folder, path, message):

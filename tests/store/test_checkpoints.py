@@ -27,7 +27,8 @@ STATE = RunState(
 def write(checkpoints, version, metrics=None):
     folder = checkpoints.begin(version)
     (folder / "weights").write_bytes(b"x" * version)
-    checkpoints.commit(replace(STATE, version=version, metrics=metrics or {}))
+    checkpoints.describe(replace(STATE, version=version, metrics=metrics or {}))
+    checkpoints.commit(version)
 
 
 def names(folder):
@@ -63,7 +64,9 @@ def test_what_was_not_committed_is_no_checkpoint_and_goes(tmp_path):
     write(checkpoints, 1)
     (checkpoints.begin(2) / "weights").write_bytes(b"half")
     again = Checkpoints(tmp_path, CheckpointConfig())
-    assert again.newest()[1].version == 1
+    assert again.newest()[1].version == 1 and len(names(tmp_path)) == 2
+    again.clear()
+    assert names(tmp_path) == ["step-00000001"]
     write(again, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
