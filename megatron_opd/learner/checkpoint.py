@@ -63,7 +63,8 @@ class TrainingState:
             try:
                 self._queue.maybe_finalize_async_calls(blocking=True)
             except CheckpointException as error:
-                raise UnsavedError(f"{folder} could not be written: {' '.join(str(error).split())}") from error
+                reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
+                raise UnsavedError(f"{folder} could not be written: {'; '.join(reasons) or 'another rank says why'}") from error
 
     def load(self, folder: Path) -> dict[str, int]:
         """Fills model and optimizer; returns the counters that were saved with them.

@@ -82,7 +82,7 @@ def test_two_replicas_go_on_from_a_bfloat16_checkpoint_of_two_tensor_ranks(folde
 
 
 def save_without_room(folder, small, large):
-    """Makes a step, begins its checkpoint where it does not fit, makes a second step, saves that one elsewhere; returns why the first failed."""
+    """Makes a step, begins its checkpoint where it does not fit, makes another one, saves that elsewhere; returns why the first failed."""
     student = StudentModel(path=folder, hf_config=read_config(folder), steps=10, seed=0, device="cpu")
     learner = Learner(student, LearnerConfig(data_parallel=dist.get_world_size()), ESTIMATOR, Ranks())
     learner.train(trajectories(ESTIMATOR.needs, vocab=507))
