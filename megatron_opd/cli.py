@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 from rich.table import Table
@@ -37,7 +38,7 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print("interrupted; all roles have ended, what was finished is in the run directory", file=sys.stderr)
+        print("interrupted; all roles have ended, what was finished is in the run directory and --resume goes on from it", file=sys.stderr)
         sys.exit(130)
 
 
@@ -56,19 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-opd", description="On-policy distillation with a Megatron-Core learner and vLLM rollouts."
     )
+    parser.add_argument("--version", action="version", version=f"megatron-opd {metadata.version('megatron-opd')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run all roles on this machine, then evaluate")
-    train.add_argument("config", type=Path)
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
     train.add_argument("--resume", action="store_true", help="go on with the run in run.dir where it stopped, or start it if there is none")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and the roles, start nothing")
     train.set_defaults(run=_train)
 
     launch = commands.add_parser("launch", help="run all roles on a cluster")
     slurm = launch.add_subparsers(required=True, metavar="WHERE").add_parser("slurm", help="as one SLURM job")
-    slurm.add_argument("config", type=Path)
-    slurm.add_argument("overrides", nargs="*", metavar="key=value")
+    slurm.add_argument("config", type=Path, help="YAML file")
+    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
     slurm.add_argument("--resume", action="store_true", help="go on with the run in run.dir where it stopped, or start it if there is none")
     slurm.add_argument("--dry-run", action="store_true", help="check everything, print config, roles and the job's script; submit nothing")
     slurm.add_argument(
@@ -79,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     slurm.set_defaults(run=_launch_slurm)
 
     plan = commands.add_parser("plan", help="does it fit, how fast will it be? No GPU is needed to know")
-    plan.add_argument("config", type=Path)
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("config", type=Path, help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     plan.set_defaults(run=_plan)
 
@@ -134,26 +136,22 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = configs.load(arguments.config, arguments.overrides)
-    from megatron_opd.preflight import build_estimator, check
+    from megatron_opd.preflight import build_estimator, check, with_estimator_settings
 
-    needs = build_estimator(config).needs
+    config, needs = with_estimator_settings(config), build_estimator(config).needs
     processes = place(config, _this_machine(config), generation=needs.generation)
-    check(config)  # what can be refused is refused before a process starts, or a directory is made
+    checked = check(config)  # what can be refused is refused before a process starts, or a directory is made
     if arguments.dry_run:
         console().print(configs.to_yaml(config), _roles(processes), highlight=False)
+        found = f"{len(checked.records)} prompts, {len(checked.heldout)} held-out ones"
+        console().print(f"checked: models, tokenizers, settings and {found}; nothing was started", highlight=False)
         return
     stop = StopRequest(ends_at(config.checkpoint))
+    there = Path(config.run.dir, "config.yaml").exists()
     folder, version = prepare(config, processes, resume=arguments.resume)
-    begins = f"going on behind step {version}" if arguments.resume else "starting"
-    loop = [process for process in processes if process.role != "evaluate"]
-    _tell(f"{begins} with {len(loop)} processes, logs in {folder / 'logs'}")
-    with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config, _tell) as children:
-        for process in loop:
-            children.start(process)
-        children.watch("controller", progress.update, stop)
     if not (folder / "summary.json").exists():
-        _tell(f"stopped before step {config.loop.steps}, {stop.why}; go on with: megatron-opd train {arguments.config} --resume")
-        sys.exit(STOPPED)
+        begins = f"going on behind step {version}" if arguments.resume and there else "starting"
+        _loop(config, processes, folder, stop, begins)
     for evaluation in (process for process in processes if process.role == "evaluate"):
         console().print(f"evaluating on {config.eval.prompts}", highlight=False)
         with console().status("evaluating on held-out prompts"), Children(folder, config) as children:
@@ -162,6 +160,19 @@ def _train(arguments: argparse.Namespace) -> None:
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
+
+
+def _loop(config: configs.Config, processes: tuple[Process, ...], folder: Path, stop: StopRequest, begins: str) -> None:
+    """Runs all roles but the evaluation up to the last step, or to a request to stop, which ends this process too."""
+    loop = [process for process in processes if process.role != "evaluate"]
+    _tell(f"{begins} with {len(loop)} processes, logs in {folder / 'logs'}")
+    with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress, Children(folder, config, _tell) as children:
+        for process in loop:
+            children.start(process)
+        children.watch("controller", progress.update, stop)
+    if not (folder / "summary.json").exists():
+        _tell(f"stopped before step {config.loop.steps}, {stop.why}; go on with: megatron-opd train {folder / 'config.yaml'} --resume")
+        sys.exit(STOPPED)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -181,7 +192,7 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
     config = configs.load(arguments.config, arguments.overrides)
     if arguments.configs_only and not arguments.dry_run:
         raise ConfigError("--configs-only leaves weights, tokenizers and prompts unchecked; it goes with --dry-run only")
-    needs = preflight.build_estimator(config).needs
+    config, needs = preflight.with_estimator_settings(config), preflight.build_estimator(config).needs
     processes = place(config, placement.cluster_resources(config), generation=needs.generation)
     script = slurm.script(config, processes)
     preflight.check_configs(config) if arguments.configs_only else preflight.check(config)

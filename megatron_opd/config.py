@@ -249,7 +249,7 @@ class LoopConfig:
 class CheckpointConfig:
     """What `train --resume` goes on from: checkpoints in the run directory, and a journal of what was paid for since the last one."""
 
-    every_steps: int = 50  # 0: only when the run is asked to stop
+    every_steps: int = 50  # and behind the last step; 0: only when the run is asked to stop
     keep: int = 2  # the last so many
     keep_every: int = 0  # and those whose step is a multiple of this, for ever
     keep_best: int = 0  # and so many whose own step had the lowest `best_by`
@@ -490,7 +490,8 @@ def _check_keys(given: DictConfig, schema: type, prefix: str) -> None:
     known = {f.name: f for f in fields(schema)}
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1) or _elsewhere(str(key))
+            own = [f"estimator.settings.{key}"] if prefix == "estimator." else _elsewhere(str(key))
+            near = difflib.get_close_matches(str(key), known, n=1) or own
             hint = f"did you mean {prefix}{near[0]}?" if near and near[0] in known else f"did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown setting {prefix}{key}; {hint or 'known: ' + ', '.join(known)}")
         section = known[key].default_factory
@@ -503,7 +504,12 @@ def _check_keys(given: DictConfig, schema: type, prefix: str) -> None:
 def _elsewhere(key: str) -> list[str]:
     """Full names of settings in any section whose last part is close to `key`."""
     names: dict[str, str] = {}
-    for section in fields(Config):
-        for setting in fields(section.default_factory):
-            names.setdefault(setting.name, f"{section.name}.{setting.name}")
+
+    def collect(schema: type, prefix: str) -> None:
+        for setting in fields(schema):
+            names.setdefault(setting.name, f"{prefix}{setting.name}")
+            if is_dataclass(setting.default_factory):
+                collect(setting.default_factory, f"{prefix}{setting.name}.")
+
+    collect(Config, "")
     return [names[near] for near in difflib.get_close_matches(key, names, n=1)]

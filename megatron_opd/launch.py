@@ -101,6 +101,8 @@ def ends_at(settings: CheckpointConfig) -> float:
 def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = False) -> tuple[Path, int]:
     """Makes the run directory with resolved config, placement and keys; with `resume`, goes on in the one that an earlier process left.
 
+    A run that has made all its steps keeps its summary: only its evaluation is left to be made again.
+
     Returns:
         the directory, and the step behind which the run goes on.
 
@@ -112,7 +114,7 @@ def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = Fa
     if resume and (folder / "config.yaml").exists():
         _require_same(folder / "config.yaml", config)
         version = rewind(config, folder)
-        _clear_for_resume(folder)
+        _clear_for_resume(folder, over=version == config.loop.steps)
     else:
         _clear_failed_start(folder)
         if folder.exists() and any(folder.iterdir()):
@@ -139,11 +141,11 @@ def _clear_failed_start(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _clear_for_resume(folder: Path) -> None:
+def _clear_for_resume(folder: Path, *, over: bool) -> None:
     """Removes what belonged to the earlier process alone: its keys and addresses, and the summary of a run that is not over."""
     for name in ("keys", "rendezvous"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("controller.json", "summary.json"):
+    for name in ("controller.json", *(() if over else ("summary.json",))):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,6 +1,6 @@
 """Everything about a run that can be refused before a process starts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -71,6 +71,19 @@ def build_estimator(config: Config) -> Estimator:
             f"rollout.top_p={config.rollout.top_p} cuts b to 0; set rollout.top_p=1"
         )
     return estimator
+
+
+def with_estimator_settings(config: Config) -> Config:
+    """The same config, with the settings that the estimator has by default written out.
+
+    Raises:
+        ConfigError: see `build_estimator`.
+    """
+    build_estimator(config)
+    chosen = config.estimator
+    settings = asdict(estimators.build(chosen.name, chosen.settings))
+    plus_settings = asdict(estimators.build(chosen.plus, chosen.plus_settings)) if chosen.plus else {}
+    return replace(config, estimator=replace(chosen, settings=settings, plus_settings=plus_settings))
 
 
 def _check_needs(name: str, needs: Needs) -> None:

@@ -46,6 +46,7 @@ class Recovery:
         self._disk_wait_s = config.supervision.disk_wait_s
         self._folder = folder
         self._student = config.student.path
+        self._steps = config.loop.steps
         self._checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         self.digest = digest(config)
         self.before = beginning(self.digest)
@@ -63,7 +64,7 @@ class Recovery:
 
     def due(self, version: int) -> bool:
         """Whether a checkpoint is to be made of this version."""
-        return self._settings.every_steps > 0 and version % self._settings.every_steps == 0
+        return self._settings.every_steps > 0 and (version % self._settings.every_steps == 0 or version == self._steps)
 
     def metrics(self, report: StepReport) -> dict[str, float | None]:
         """What a checkpoint behind this step is to be judged by.

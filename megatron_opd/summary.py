@@ -18,7 +18,7 @@ def show(file: Path, console: Console) -> None:
             table.add_row(unit, " -> ".join(found))
     if s["teacher_accuracy"] is not None:
         table.add_row("teacher's held-out exact match", f"{s['teacher_accuracy']:.4f}")
-    table.add_row("steps, response tokens, seconds", f"{s['steps']}, {s['tokens']}, {s['wall_seconds']:.1f}")
+    table.add_row("steps, response tokens, seconds of the loop", f"{s['steps']}, {s['tokens']}, {s['wall_seconds']:.1f}")
     table.add_row("tokens/s end to end", f"{s['tokens_per_second']:.0f}")
     table.add_row("tokens/s by busy role", ", ".join(f"{role} {rate:.0f}" for role, rate in s["tokens_per_second_by_stage"].items()))
     table.add_row("lag: bound, observed", f"{s['max_lag']}, {s['observed_lag_max']}")

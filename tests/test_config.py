@@ -32,6 +32,8 @@ def test_config_is_frozen():
     [
         ({"loop": {"max_lga": 1}}, r"unknown setting loop\.max_lga; did you mean loop\.max_lag\?"),
         ({"max_lag": 1}, r"unknown setting max_lag; did you mean loop\.max_lag\?"),
+        ({"lr": 1}, r"unknown setting lr; did you mean learner\.optimizer\.lr\?"),
+        ({"estimator": {"top_k": 1}}, r"unknown setting estimator\.top_k; did you mean estimator\.settings\.top_k\?"),
         ({"lop": {"steps": 1}}, r"unknown setting lop; did you mean loop\?"),
         ({"learner": {"optimizer": {"learning": 1}}}, r"unknown setting learner\.optimizer\.learning"),
         ({"loop": {"steps": "many"}}, r"loop\.steps: .*many"),

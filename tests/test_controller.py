@@ -287,7 +287,8 @@ def test_a_checkpoint_that_cannot_be_written_is_followed_by_one_of_a_later_step(
         return
     play(tmp_path, 1, learner, sections={"checkpoint": {"every_steps": 7, "keep": 9}})
     assert caplog.text.count("the run has no checkpoint of step 7: no room") == 1
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000009"], "7 and 8 failed"
+    kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000009", "step-00000012"], "7 and 8 failed; 12 is the last step"
     assert learner.trained == list(range(STEPS * BATCH))
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,6 +17,8 @@ from megatron_opd.config import CheckpointConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.launch import Children, RoleDied, StopRequest, ends_at, prepare
 from megatron_opd.placement import Resources, place
+from megatron_opd.recovery import beginning
+from megatron_opd.store.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -30,6 +33,17 @@ def make(tmp_path):
         return prepare(config, place(config, Resources(nodes=1), generation=True), resume=resume)
 
     return prepared
+
+
+def test_a_run_that_has_made_all_its_steps_keeps_its_summary_unless_it_is_to_make_more(make):
+    folder, _ = make(resume=False, loop={"steps": 2})
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
+    checkpoints.begin(2)
+    checkpoints.describe(replace(beginning(""), version=2))
+    checkpoints.commit(2)
+    (folder / "summary.json").write_text("{}")
+    assert make(resume=True, loop={"steps": 2}) == (folder, 2) and (folder / "summary.json").exists()
+    assert make(resume=True, loop={"steps": 3}) == (folder, 2) and not (folder / "summary.json").exists()
 
 
 def test_a_directory_with_a_run_in_it_is_gone_on_with_on_wish_only(make):
