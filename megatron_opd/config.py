@@ -271,9 +271,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisionConfig:
-    """What is survived while a run is on. A dead learner or controller is not: `train --resume` goes on from what they left."""
+    """What is survived while a run is on. A dead controller is not: `train --resume` goes on from what it left."""
 
-    restarts: int = 3  # of each rollout and teacher replica; 0: the first death ends the run, as it does with loop.exact_lag
+    restarts: int = 3  # of the learner and each replica; 0: the first death ends the run, as it does with loop.exact_lag
     backoff_s: float = 1.0  # before a replica's first restart, doubled before each further one
     silent_s: float = 30.0  # a process that is stopped or unreachable for so long counts as dead
     disk_wait_s: float = 3600.0  # how long a run waits for room on a full disk
@@ -407,6 +407,14 @@ class Config:
     def restarts(self) -> int:
         """How often a rollout or teacher replica is replaced; a new one could not sample from the older weights of an exact lag."""
         return 0 if self.loop.exact_lag else self.supervision.restarts
+
+    @property
+    def replaces_learner(self) -> bool:
+        """Whether a new learner goes on from the last checkpoint and the journal while all other roles stay.
+
+        On several nodes nobody sees all of its ranks end; colocated, the rollout ends with it.
+        """
+        return self.restarts > 0 and self.cluster.nodes == 1 and not self.run.colocated and self.checkpoint.journal != "off"
 
     def __post_init__(self) -> None:
         _require(

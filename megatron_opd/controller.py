@@ -10,14 +10,15 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from megatron_opd.config import Config
 from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.data.prompts import PromptSource
-from megatron_opd.errors import CheckpointError, GuardError, PeerError
-from megatron_opd.fleet import Fleet, Samplers
+from megatron_opd.errors import CheckpointError, GuardError, LearnerLostError, PeerError
+from megatron_opd.fleet import Fleet, Samplers, Seat
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery
@@ -45,6 +46,7 @@ from megatron_opd.types import (
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT_ATTEMPTS = 5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class Roles:
     """Everyone the controller talks to."""
 
     hub: Hub
-    learner: Peer
+    learner: Seat
     rollouts: Samplers | None = None  # None: the prompts' own completions are trained on
     teachers: Fleet | None = None  # None: the estimator needs no teacher
 
@@ -83,9 +85,11 @@ class Controller:
             batch=config.loop.batch, max_lag=config.loop.max_lag, version=before.version, most_bytes=config.loop.store_bytes
         )
         self._version = before.version  # of the learner's weights
+        self._succession = asyncio.Lock()  # held while a new learner is brought to the lost one's step
         self._weights = asyncio.Lock()  # held from a step to the end of its publication, and while a newcomer is given weights
         self._journeys: set[asyncio.Task] = set()
-        self._unfinished: RunState | None = None  # of a checkpoint that the learner is writing
+        self._unfinished: RunState | None = None  # of a checkpoint that is being written
+        self._writer: Peer | None = None  # who writes it
         self._saved = before.version  # of the last checkpoint, unfinished or not
         self._failures = 0  # of checkpoints, in a row
         self._metrics = before.metrics  # of the last step
@@ -130,7 +134,7 @@ class Controller:
             try:
                 await peer.call(Stop(), self._timeout_s)
             except PeerError as error:
-                if peer is self._roles.learner:
+                if peer is self._roles.learner.peer:
                     raise
                 _LOG.warning("at the end of the run: %s", error)
 
@@ -192,7 +196,7 @@ class Controller:
                 return await self._begin_checkpoint()
             waited = time.monotonic()
             async with self._weights:
-                report: StepReport = await self._roles.learner.call(Train(trajectories=batch), self._timeout_s)
+                report: StepReport = await self._ask_learner(Train(trajectories=batch))
                 self._version, self._metrics = version, self._recovery.metrics(report)
                 trained = time.monotonic()
                 if self._config.loop.exact_lag:
@@ -229,24 +233,41 @@ class Controller:
         """Lets the learner write while the next step goes on; `_finish_checkpoint` makes it one unit with where the loop stands now."""
         if self._version in (self._saved, 0):
             return
-        folder = await self._recovery.begin(self._version)
-        await self._roles.learner.call(SaveCheckpoint(path=str(folder)), self._timeout_s)
+        self._writer = await self._insist(self._save)
         self._log.sync()
         self._unfinished, self._saved = self._state(), self._version
+
+    async def _save(self) -> Peer:
+        """Who writes."""
+        folder, writer = await self._recovery.begin(self._version), self._roles.learner.peer
+        await self._roles.learner.call(SaveCheckpoint(path=str(folder)), self._timeout_s)
+        return writer
+
+    async def _fault_of_checkpoint(self) -> str:
+        """Why what was begun is not on disk; empty if it is."""
+        assert self._writer is not None, "nothing was begun"
+        if self._writer is not self._roles.learner.peer:
+            return f"{self._writer.name} was lost"
+        try:
+            saved: Saved = await self._roles.learner.call(FinishCheckpoint(), self._timeout_s)
+        except LearnerLostError as error:
+            await self._replace_learner()
+            return str(error)
+        return saved.fault
 
     async def _finish_checkpoint(self) -> None:
         """Waits until what the learner writes is on disk; if it could not be written, one of the present step is begun instead."""
         if self._unfinished is None:
             return
         state, self._unfinished = self._unfinished, None
-        saved: Saved = await self._roles.learner.call(FinishCheckpoint(), self._timeout_s)
-        if not saved.fault:
+        fault = await self._fault_of_checkpoint()
+        if not fault:
             self._failures = 0
             return await self._recovery.commit(state)
         self._failures += 1
         if self._failures == _CHECKPOINT_ATTEMPTS:
-            raise CheckpointError(f"{_CHECKPOINT_ATTEMPTS} checkpoints in a row: {saved.fault}")
-        _LOG.warning("the run has no checkpoint of step %d: %s", state.version, saved.fault)
+            raise CheckpointError(f"{_CHECKPOINT_ATTEMPTS} checkpoints in a row: {fault}")
+        _LOG.warning("the run has no checkpoint of step %d: %s", state.version, fault)
         self._saved = 0
         await self._begin_checkpoint()
 
@@ -264,11 +285,64 @@ class Controller:
 
     async def _export(self, path: str) -> None:
         await self._recovery.room_for_export()
-        await self._roles.learner.call(Export(path=path), self._timeout_s)
+        await self._ask_learner(Export(path=path))
 
     async def _publish(self, version: int) -> dict[str, float]:
         """Streams the learner's weights into every rollout replica: what is sampled is what is trained, version 0 included."""
-        return await self._roles.rollouts.publish(version) if self._roles.rollouts is not None else {}
+        rollouts = self._roles.rollouts
+        return await self._insist(lambda: rollouts.publish(version)) if rollouts is not None else {}
+
+    async def _ask_learner(self, message: object) -> Any:
+        return await self._insist(lambda: self._roles.learner.call(message, self._timeout_s))
+
+    async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the learner makes of a request; if it is lost, its successor is asked, once it stands where the lost one stood."""
+        while True:
+            try:
+                return await ask()
+            except LearnerLostError as error:
+                _LOG.warning("the learner is lost, and waited for: %s", error)
+                await self._replace_learner()
+
+    async def _replace_learner(self) -> None:
+        """Brings a new learner to the present step: the last checkpoint, and the steps behind it once more on what the journal says.
+
+        Nothing else goes back. Rollouts keep their weights, so what they sample meanwhile is as old as its version says.
+        """
+        learner = self._roles.learner
+        async with self._succession:
+            while learner.peer.lost:
+                await learner.successor()
+                try:
+                    await self._catch_up()
+                except LearnerLostError as error:
+                    _LOG.warning("its successor is lost too: %s", error)
+
+    async def _catch_up(self) -> None:
+        folder, saved = self._recovery.newest()
+        if folder is not None:
+            await self._roles.learner.call(LoadCheckpoint(path=str(folder), version=saved), self._timeout_s)
+        for version in range(saved + 1, self._version + 1):
+            _LOG.info("step %d of %d is made again", version, self._version)
+            await self._roles.learner.call(Train(trajectories=await self._past(version)), self._timeout_s)
+
+    async def _past(self, version: int) -> tuple[Trajectory, ...]:
+        """What a step was trained on.
+
+        Raises:
+            CheckpointError: the journal lacks some of it.
+        """
+        paid, found = await self._recovery.past(version), []
+        for index in range((version - 1) * self._config.loop.batch, version * self._config.loop.batch):
+            if index in paid.set_aside:
+                continue
+            rollout, scores = paid.rollouts.get(index), paid.scores.get(index)
+            if self._roles.rollouts is None:
+                rollout = await self._generate(self._prompts.prompt(index))
+            if rollout is None or (scores is None and self._roles.teachers is not None):
+                raise CheckpointError(f"the journal of step {version} lacks prompt {index}: the new learner cannot make that step again")
+            found.append(Trajectory(rollout=rollout, teacher=scores))
+        return tuple(found)
 
     async def _recruit(self) -> None:
         """Gives the current weights to rollouts that took the place of lost ones, for ever."""

@@ -33,6 +33,10 @@ class SetbackError(PeerError):
     """A peer could not do what it was asked, says why, and goes on."""
 
 
+class LearnerLostError(PeerError):
+    """The learner failed or vanished. Another one may take its place, from the last checkpoint."""
+
+
 class HungUpError(PeerError):
     """The controller closed the connection: something else went wrong before."""
 

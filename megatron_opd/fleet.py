@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from megatron_opd.errors import PeerError, SetbackError
+from megatron_opd.errors import LearnerLostError, PeerError, SetbackError
 from megatron_opd.runtime.rpc import Hub, Peer
 from megatron_opd.types import Address, HostTransport, JoinTransport, ReceiveWeights, SendWeights
 from megatron_opd.weights.transport import report_loss
@@ -34,7 +34,7 @@ class Fleet:
             PeerError: none is left, or replicas are not replaced.
         """
         while True:
-            peer = await self._free()
+            peer = await self.free()
             try:
                 return await peer.call(message, timeout_s)
             except PeerError as error:
@@ -54,7 +54,12 @@ class Fleet:
     def _ready(self) -> list[Peer]:
         return self._hub.live(self._role)
 
-    async def _free(self) -> Peer:
+    async def free(self) -> Peer:
+        """The least busy replica, as soon as there is one.
+
+        Raises:
+            PeerError: none came in time.
+        """
         if not self._ready():
             await self._replacement()
         return min(self._ready(), key=lambda peer: peer.outstanding)
@@ -71,17 +76,54 @@ class Fleet:
             ) from None
 
 
+class Seat:
+    """The learner, and after it who takes its place."""
+
+    def __init__(self, hub: Hub, role: str, *, replaced_within_s: float) -> None:
+        """It must have come already. A lost one is waited for so long; 0: the first loss is nobody's to mend."""
+        self._fleet = Fleet(hub, role, replaced_within_s=replaced_within_s)
+        self._hub = hub
+        (self.peer,) = hub.live(role)
+        self._replaced = replaced_within_s > 0
+
+    async def call(self, message: object, timeout_s: float) -> Any:
+        """Its answer.
+
+        Raises:
+            LearnerLostError: it failed or vanished, and is replaced.
+            SetbackError: it failed, and goes on.
+            PeerError: it failed or vanished, and is not replaced.
+        """
+        try:
+            return await self.peer.call(message, timeout_s)
+        except SetbackError:
+            raise
+        except PeerError as error:
+            if not self._replaced:
+                raise
+            self._hub.lose(self.peer, str(error))
+            raise LearnerLostError(str(error)) from error
+
+    async def successor(self) -> None:
+        """Waits until another one has come.
+
+        Raises:
+            PeerError: none did in time.
+        """
+        self.peer = await self._fleet.free()
+
+
 class Samplers(Fleet):
     """Rollout replicas: ready once they hold the learner's weights, which all of them receive together."""
 
-    def __init__(self, hub: Hub, learner: Peer, *, width: int, timeout_s: float, replaced_within_s: float) -> None:
+    def __init__(self, hub: Hub, learner: Seat, *, width: int, timeout_s: float, replaced_within_s: float) -> None:
         """`width` workers of each replica receive; `timeout_s` is that of a single answer."""
         super().__init__(hub, "rollout", replaced_within_s=replaced_within_s)
         self._learner = learner
         self._width = width
         self._timeout_s = timeout_s
         self._sender: Address | None = None  # where the learner meets those of the group
-        self._group: list[Peer] = []  # whom the weight transport joins to the learner
+        self._group: list[Peer] = []  # the learner, and whom the weight transport joins to it
         self._current: list[Peer] = []  # who has the last weights that were published
 
     def _ready(self) -> list[Peer]:
@@ -107,7 +149,7 @@ class Samplers(Fleet):
             if not members:
                 return {}
             try:
-                if members != self._group:
+                if [self._learner.peer, *members] != self._group:
                     await self._join(members)
                 seconds = await self._stream(version)
             except SetbackError as error:
@@ -125,13 +167,13 @@ class Samplers(Fleet):
         self._sender = address = await self._learner.call(HostTransport(receivers=receivers), self._timeout_s)
         joins = [JoinTransport(address=address, first_rank=1 + i * self._width, world_size=1 + receivers) for i in range(len(members))]
         await self._from_all({peer: peer.call(join, self._timeout_s) for peer, join in zip(members, joins, strict=True)})
-        self._group = members
+        self._group = [self._learner.peer, *members]
 
     async def _stream(self, version: int) -> dict[str, float]:
         limit_s = 2 * self._timeout_s  # the two ends time out by themselves first, and know better whom they miss
         sent, received = await asyncio.gather(
             self._learner.call(SendWeights(version=version), limit_s),
-            self._from_all({peer: self._receive(peer, version, limit_s) for peer in self._group}),
+            self._from_all({peer: self._receive(peer, version, limit_s) for peer in self._group[1:]}),
             return_exceptions=True,  # a new attempt starts once both ends are done with this one
         )
         failures = [end for end in (sent, received) if isinstance(end, BaseException)]

@@ -1,4 +1,4 @@
-"""Runs all roles of a job on this machine and watches them: replicas that die are replaced, others end the run, nobody outlives it."""
+"""Runs all roles of a job on this machine and watches them: who dies is replaced or ends the run, and nobody outlives it."""
 
 import json
 import math
@@ -27,7 +27,6 @@ from megatron_opd.runtime.rpc import make_keys
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
 SLURM_JOB_END_TIME = "SLURM_JOB_END_TIME"  # seconds since the epoch
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL
-_REPLACEABLE = ("rollout", "teacher")
 _DISTANCE = {RuntimeError.__name__: 2, HungUpError.__name__: 3}  # what a rank raises when a neighbour died, a role when the controller did
 _GRACE_S = 10.0  # for the others to end after the controller has
 _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
@@ -278,10 +277,16 @@ class Children:
         failed = [child for child in self._children if child.failed]
         replicas = {(child.process.role, child.process.replica) for child in failed}
         begun = (self._folder / "metrics.jsonl").exists()
-        if not begun or any(role not in _REPLACEABLE or self._restarts[role, n] >= self._config.restarts for role, n in replicas):
+        spent = any(self._restarts[replica] >= self._config.restarts for replica in replicas)
+        if not begun or spent or not all(map(self._is_replaceable, failed)):
             self._raise_if_any_failed()
         for role, replica in sorted(replicas):
             self._replace(role, replica)
+
+    def _is_replaceable(self, child: Child) -> bool:
+        if child.process.role == "learner":  # one that hung up says that the controller no longer answers
+            return self._config.replaces_learner and _cause(child)[0] != _DISTANCE[HungUpError.__name__]
+        return child.process.role in ("rollout", "teacher")
 
     def _replace(self, role: str, replica: int) -> None:
         """Ends what is left of a replica, and starts all of it again after a while."""

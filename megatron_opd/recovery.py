@@ -78,6 +78,16 @@ class Recovery:
             raise ConfigError(f"checkpoint.best_by={wanted} is nothing that a step of this run reports; use one of {', '.join(found)}")
         return found
 
+    def newest(self) -> tuple[Path | None, int]:
+        """The learner's folder of the last checkpoint, and its version; none is the beginning."""
+        found = self._checkpoints.newest()
+        return (found[0], found[1].version) if found is not None else (None, 0)
+
+    async def past(self, version: int) -> Paid:
+        """What was paid for of a step that was trained before."""
+        assert self._journal is not None, "without a journal no learner is replaced"
+        return await asyncio.to_thread(self._journal.read, version)
+
     async def keep(self, record: Rollout | TeacherScores) -> None:
         """Puts down what was paid for."""
         if self._journal is not None:

@@ -90,7 +90,8 @@ async def _control(config: Config) -> None:
 
     folder = Path(config.run.dir)
     replaced = config.restarts > 0 and report.has_launcher()
-    silent_s, on_loss = config.supervision.silent_s, _ask_for_replacement if replaced else None
+    ask = partial(_ask_for_replacement, learner=config.replaces_learner)
+    silent_s, on_loss = config.supervision.silent_s, ask if replaced else None
     async with rpc.Hub(folder / "keys", config.run.host, config.run.port, silent_s=silent_s, on_loss=on_loss) as hub:
         asked = asyncio.Event()
         for number in (signal.SIGUSR1,) if report.has_launcher() else (signal.SIGUSR1, signal.SIGTERM):  # a launcher's SIGTERM is an end
@@ -115,12 +116,13 @@ async def _control(config: Config) -> None:
 async def _assemble(config: Config, hub: rpc.Hub, *, replaced: bool) -> "Roles":
     """Waits for all roles."""
     from megatron_opd.controller import Roles
-    from megatron_opd.fleet import Fleet, Samplers
+    from megatron_opd.fleet import Fleet, Samplers, Seat
 
     needs, wait_s = build_estimator(config).needs, config.run.start_timeout_s
-    (learner,) = await hub.peers("learner", 1, wait_s)
+    await hub.peers("learner", 1, wait_s)
     rollouts = teachers = None
     patience_s = 2 * wait_s + config.supervision.backoff_s * 2**config.restarts if replaced else 0.0
+    learner = Seat(hub, "learner", replaced_within_s=patience_s if config.replaces_learner else 0.0)
     if needs.generation:
         await hub.peers("rollout", config.rollout.replicas, wait_s)
         width, timeout_s = config.rollout.tensor_parallel, config.run.peer_timeout_s
@@ -132,8 +134,8 @@ async def _assemble(config: Config, hub: rpc.Hub, *, replaced: bool) -> "Roles":
     return Roles(hub=hub, learner=learner, rollouts=rollouts, teachers=teachers)
 
 
-def _ask_for_replacement(peer: rpc.Peer) -> None:
-    if peer.hello.role != "learner":
+def _ask_for_replacement(peer: rpc.Peer, *, learner: bool) -> None:
+    if learner or peer.hello.role != "learner":
         report.ask_for_replacement(peer.hello.pid, peer.lost)
 
 

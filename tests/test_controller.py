@@ -17,7 +17,7 @@ from megatron_opd.controller import Controller, Roles
 from megatron_opd.data.faults import Limits
 from megatron_opd.data.prompts import PromptSource, Record
 from megatron_opd.errors import PeerError, WeightSyncError
-from megatron_opd.fleet import Fleet, Samplers
+from megatron_opd.fleet import Fleet, Samplers, Seat
 from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery, rewind
 from megatron_opd.rollout.scripted import ScriptedRollout, ScriptedSettings
@@ -142,11 +142,22 @@ def stragglers(index):
 
 
 def play(
-    tmp_path, max_lag, learner, length=stragglers, replicas=2, *, incident=None, change=lambda rollout: rollout, sections=None, **loop
+    tmp_path,
+    max_lag,
+    learner,
+    length=stragglers,
+    replicas=2,
+    *,
+    incident=None,
+    heirs=False,
+    change=lambda rollout: rollout,
+    sections=None,
+    **loop,
 ):
     """A whole run, or the rest of one that `tmp_path` knows of; returns its summary.
 
-    `incident(start, tasks, stop)` runs beside it; `change` is what becomes of each rollout; scored prompts end up in `learner.scored`.
+    `incident(start, tasks, stop)` runs beside it, and may start a rollout or, where `heirs` says that one is waited for, a learner;
+    `change` is what becomes of each rollout; scored prompts end up in `learner.scored`.
     """
 
     async def run():
@@ -163,7 +174,9 @@ def play(
             def start(role, replica, answer):
                 return roles.create_task(serve(rpc.AsyncDesk(tmp_path / "keys", hub.address, rpc.hello(role, replica)), answer))
 
-            def start_rollout(replica):
+            def start_role(replica, learner=None):
+                if learner is not None:
+                    return start("learner", 0, learner.answer)
                 script = ScriptedSettings(needs=NEEDS, vocab_size=VOCAB, max_response_tokens=64, end_id=0, token_s=0.001, length=length)
                 return start("rollout", replica, rollout_answer(ScriptedRollout(script), change))
 
@@ -171,18 +184,18 @@ def play(
                 "learner": start("learner", 0, learner.answer),
                 "teacher": start("teacher", 0, teacher_answer(ScriptedTeacher(needs=NEEDS, vocab_size=VOCAB), learner.scored)),
             }
-            tasks |= {replica: start_rollout(replica) for replica in range(replicas)}
-            (peer,) = await hub.peers("learner", 1, 60)
-            for role, count in (("rollout", replicas), ("teacher", 1)):
+            tasks |= {replica: start_role(replica) for replica in range(replicas)}
+            for role, count in (("learner", 1), ("rollout", replicas), ("teacher", 1)):
                 await hub.peers(role, count, 60)
             patience_s = 20 if incident else 0
+            peer = Seat(hub, "learner", replaced_within_s=patience_s if heirs else 0)
             samplers = Samplers(hub, peer, width=1, timeout_s=20, replaced_within_s=patience_s)
             peers = Roles(hub=hub, learner=peer, rollouts=samplers, teachers=Fleet(hub, "teacher", replaced_within_s=patience_s))
             recovery = Recovery(config, tmp_path)
             log = StepLog(tmp_path, version=recovery.before.version, size=recovery.before.metrics_bytes)
             stop = asyncio.Event()
             if incident:
-                tasks["incident"] = roles.create_task(incident(start_rollout, tasks, stop))
+                tasks["incident"] = roles.create_task(incident(start_role, tasks, stop))
             prompts = PromptSource([record], seed=0, shuffle=False)
             controller = Controller(config, prompts, peers, log, recovery, Limits(vocab_size=VOCAB, response_tokens=64))
             try:
@@ -305,6 +318,44 @@ def test_a_lost_rollout_is_replaced_its_prompts_reissued_and_the_new_one_has_the
     summary = play(tmp_path, max_lag, learner, replicas=replicas, incident=lose_one)
     assert learner.trained == list(range(STEPS * BATCH))
     assert summary.observed_lag_max <= max_lag
+
+
+@pytest.mark.parametrize(("max_lag", "every", "dies_at"), [(0, 3, 6), (0, 0, 4), (3, 3, 7), (3, 20, 11), (1, 1, 5)])
+def test_a_lost_learner_is_replaced_by_one_that_makes_the_steps_behind_the_checkpoint_again(tmp_path, max_lag, every, dies_at):
+    async def lose(start, tasks, stop):
+        while len(first.trained) < dies_at * BATCH:
+            await asyncio.sleep(0.001)
+        tasks["learner"].cancel()
+        await asyncio.sleep(0.3)  # rollouts go on
+        tasks["second"] = start(0, second)
+
+    first, second = ScriptedLearner(), ScriptedLearner()
+    second.scored = first.scored
+    summary = play(tmp_path, max_lag, first, incident=lose, heirs=True, sections={"checkpoint": {"every_steps": every}})
+    assert first.trained == list(range(len(first.trained))) and len(first.trained) >= dies_at * BATCH
+    saved = second.trained[0] // BATCH
+    assert second.trained == list(range(saved * BATCH, STEPS * BATCH)), "from the checkpoint to the end"
+    assert saved == 0 if every in (0, 20) else 0 < saved < dies_at + 1
+    assert sorted(first.scored) == list(range(STEPS * BATCH)), "no teacher is paid twice"
+    assert summary.observed_lag_max <= max_lag and summary.tokens == STEPS and len(whole_steps(tmp_path)) == STEPS
+
+
+def test_learners_that_keep_dying_or_writing_leave_a_whole_run(tmp_path):
+    """One dies while it writes a checkpoint, the next one while it makes old steps again, a third one in an update."""
+    lives = [ScriptedLearner() for _ in range(4)]
+
+    async def lose(start, tasks, stop):
+        for life, (dies_at, successor) in enumerate([(3, 1), (2, 2), (8, 3)]):
+            while lives[life].version < dies_at:
+                await asyncio.sleep(0.001)
+            tasks["learner" if life == 0 else life].cancel()
+            tasks[successor] = start(0, lives[successor])
+
+    for life in lives[1:]:
+        life.scored = lives[0].scored
+    play(tmp_path, 1, lives[0], replicas=1, incident=lose, heirs=True, sections={"checkpoint": {"every_steps": 2}})
+    assert lives[-1].version == STEPS and lives[-1].trained[-1] == STEPS * BATCH - 1
+    assert sorted(lives[0].scored) == list(range(STEPS * BATCH)) and len(whole_steps(tmp_path)) == STEPS
 
 
 @pytest.mark.parametrize("failures", [2, 5])

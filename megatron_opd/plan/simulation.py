@@ -141,6 +141,11 @@ class _Role:
 class _Learner(_Role):
     version = 0
 
+    @property
+    def peer(self) -> "_Learner":
+        """Nobody takes its place."""
+        return self
+
     async def _answer(self, message: object) -> Any:
         match message:
             case HostTransport():

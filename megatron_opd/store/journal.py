@@ -47,13 +47,11 @@ class Journal:
     def recover(self, version: int) -> Paid:
         """All whole records of steps after `version`, each file cut behind its last one; older files are removed."""
         self.forget(version)
-        paid = Paid()
-        for file in sorted(self._folder.glob("step-*.bin")):
-            for record in self._whole(file):
-                kept = {Rollout: paid.rollouts, TeacherScores: paid.scores, SetAside: paid.set_aside}.get(type(record))
-                if kept is not None and record.index // self._batch + 1 == _step(file):
-                    kept[record.index] = record
-        return paid
+        return self._paid(sorted(self._folder.glob("step-*.bin")))
+
+    def read(self, step: int) -> Paid:
+        """All records of a step to which nothing is added any more."""
+        return self._paid([self._path(step)])
 
     def add(self, record: Rollout | TeacherScores | SetAside) -> None:
         """Appends.
@@ -84,8 +82,20 @@ class Journal:
 
     def _file(self, step: int) -> BinaryIO:
         if step not in self._files:
-            self._files[step] = (self._folder / f"step-{step:08}.bin").open("ab", buffering=0)
+            self._files[step] = self._path(step).open("ab", buffering=0)
         return self._files[step]
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08}.bin"
+
+    def _paid(self, files: list[Path]) -> Paid:
+        paid = Paid()
+        for file in files:
+            for record in self._whole(file):
+                kept = {Rollout: paid.rollouts, TeacherScores: paid.scores, SetAside: paid.set_aside}.get(type(record))
+                if kept is not None and record.index // self._batch + 1 == _step(file):
+                    kept[record.index] = record
+        return paid
 
     def _whole(self, file: Path) -> Iterator[Any]:
         data = file.read_bytes()

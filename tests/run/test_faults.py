@@ -79,17 +79,19 @@ def test_a_killed_engine_process_ends_the_run(tiny):
     assert_ends(process, children, "rollout")
 
 
-def test_killed_rollouts_and_teachers_are_replaced_and_a_request_to_stop_ends_the_run_in_order(tiny):
+def test_killed_rollouts_teachers_and_learners_are_replaced_and_a_request_to_stop_ends_the_run_in_order(tiny):
     name = "replaced"
     process, children = endless(tiny, name, supervision={"backoff_s": 0.1})
     for victim in [role(children, "rollout"), role(children, "teacher")]:  # both are looked up while both live
         victim.send_signal(signal.SIGKILL)
     await_steps(tiny, name, process, len(tiny.steps(name)) + 6)  # more than the store held
+    role(children, "learner").send_signal(signal.SIGKILL)
+    await_steps(tiny, name, process, len(tiny.steps(name)) + 3)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    for victim in ("rollout", "teacher"):
+    for victim in ("rollout", "teacher", "learner"):
         assert f"{victim}-0 was killed by SIGKILL (log: {tiny.folder / name}/logs/{victim}-0.log); it is replaced (1 of 3 times)" in output
     assert "go on with: megatron-opd train" in output.splitlines()[-1] and "Traceback" not in output
     assert not psutil.wait_procs(children, timeout=3)[1], "orphans"

@@ -40,7 +40,7 @@ def whole(tiny):
 @pytest.fixture(scope="module")
 def killed(tiny):
     """The directory of the same run, whose learner was killed when a checkpoint and two further steps were on disk."""
-    process = tiny_run.start(tiny.config("killed", **SECTIONS))
+    process = tiny_run.start(tiny.config("killed", **SECTIONS, supervision={"restarts": 0}))
     lines, deadline = tiny.folder / "killed" / "metrics.jsonl", time.monotonic() + 200
     while not lines.exists() or lines.read_text().count("\n") < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
