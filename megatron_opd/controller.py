@@ -85,7 +85,7 @@ class Controller:
             batch=config.loop.batch, max_lag=config.loop.max_lag, version=before.version, most_bytes=config.loop.store_bytes
         )
         self._version = before.version  # of the learner's weights
-        self._succession = asyncio.Lock()  # held while a new learner is brought to the lost one's step
+        self._asking = asyncio.Lock()  # held while the learner is asked, and while a new one is brought to the lost one's step
         self._weights = asyncio.Lock()  # held from a step to the end of its publication, and while a newcomer is given weights
         self._journeys: set[asyncio.Task] = set()
         self._unfinished: RunState | None = None  # of a checkpoint that is being written
@@ -299,7 +299,8 @@ class Controller:
         """What the learner makes of a request; if it is lost, its successor is asked, once it stands where the lost one stood."""
         while True:
             try:
-                return await ask()
+                async with self._asking:
+                    return await ask()
             except LearnerLostError as error:
                 _LOG.warning("the learner is lost, and waited for: %s", error)
                 await self._replace_learner()
@@ -310,7 +311,7 @@ class Controller:
         Nothing else goes back. Rollouts keep their weights, so what they sample meanwhile is as old as its version says.
         """
         learner = self._roles.learner
-        async with self._succession:
+        async with self._asking:
             while learner.peer.lost:
                 await learner.successor()
                 try:
