@@ -117,3 +117,17 @@ def test_any_values_of_settings_are_a_config_or_a_config_error(tmp_path_factory,
     file = tmp_path_factory.getbasetemp() / "values.yaml"
     file.write_text(yaml.safe_dump(BASE | sections))
     is_understood(file)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"run": {"colocated": True}},
+        {"cluster": {"nodes": 2}},
+        {"checkpoint": {"journal": "off"}},
+        {"loop": {"exact_lag": True}},
+        {"supervision": {"restarts": 0}},
+    ],
+)
+def test_a_learner_is_replaced_only_where_it_ends_alone_and_what_it_did_is_kept(sections):
+    assert resolve().replaces_learner and not resolve(**sections).replaces_learner
