@@ -117,10 +117,21 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
             action.add_argument("target", type=Path)
         action.add_argument("--config", type=Path, metavar="FOLDER", help="config.json and tokenizer for a checkpoint that lacks them")
         action.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="round to this first (default: as stored)")
-        action.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="cut as N ranks read it; others can read it too")
+        if name == "hf-to-megatron":
+            _add_layout(action)
         action.add_argument("--no-logits", dest="logits", action="store_false", help="compare bytes only")
         action.add_argument("--digest", action="store_true", help="inspect: read all and print 128 bits that tell models apart")
         action.set_defaults(run=_convert)
+
+
+def _add_layout(action: argparse.ArgumentParser) -> None:
+    described = {
+        "tensor": "cut as N ranks read it; any other layout can read it too",
+        "pipeline": "refuse what N pipeline stages cannot share",
+        "expert": "refuse what N ranks cannot share the experts of",
+    }
+    for kind, help_text in described.items():
+        action.add_argument(f"--{kind}-parallel", f"--{kind[0]}p", type=int, default=1, metavar="N", help=help_text)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -165,7 +165,9 @@ class LearnerConfig:
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    pipeline_layers: tuple[int, ...] = ()  # of each pipeline stage; (): as even as they get, fewest on the last, then on the first
     data_parallel: int = 1
+    expert_parallel: int = 1  # of the data-parallel ranks, how many share one set of experts, each holding its part
     sequence_parallel: bool = False
     dtype: Literal["bfloat16", "float32"] = "float32"  # of weights and activations; masters are float32
     micro_batch_tokens: int = 4096  # packed inputs per micro-batch; one longer sequence makes a micro-batch of its own
@@ -187,9 +189,15 @@ class LearnerConfig:
             "tensor_parallel",
             "pipeline_parallel",
             "data_parallel",
+            "expert_parallel",
             "micro_batch_tokens",
             "logps_chunk_tokens",
             "bucket_bytes",
+        )
+        _require(
+            self.data_parallel % self.expert_parallel == 0,
+            f"learner.expert_parallel={self.expert_parallel} does not divide learner.data_parallel={self.data_parallel}, whose ranks share "
+            "the experts; make it divide",
         )
         _require(
             self.kernels == "te" or self.fp8.logits == "bf16",

@@ -135,14 +135,26 @@ def open_model(folder: Path, *, dtype: str | None = None, companions: Path | Non
     raise CheckpointError(f"{folder} {what}; name the folder of a model")
 
 
-def hf_to_megatron(model: HuggingFaceModel, target: Path, *, tensor: int = 1, logits: bool = True, advance: Advance = _quiet) -> str:
+def hf_to_megatron(
+    model: HuggingFaceModel,
+    target: Path,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    logits: bool = True,
+    advance: Advance = _quiet,
+) -> str:
     """Writes a distributed checkpoint in the blocks that `tensor` ranks read, with config and tokenizer inside; returns the proof.
 
+    Layers and experts are stored one by one, so it is the same for any number of pipeline stages and of ranks that share the experts.
+
     Raises:
-        CheckpointError, ConfigError: the source is damaged, the target exists, the disk is full, or what was written differs.
+        CheckpointError, ConfigError: the source is damaged or does not split so, the target exists, the disk is full, or what was
+            written differs.
     """
     arch = architecture(model.hf_config)
-    arch.require_divisible(tensor=tensor, pipeline=1)
+    arch.require_divisible(tensor=tensor, pipeline=pipeline, expert=expert)
     rule_of = {stored(rule, arch, tensor=tensor): rule for rule in rules(arch)}
 
     def full(parameter: Parameter) -> Tensor:
@@ -232,7 +244,8 @@ def run(arguments: Namespace) -> None:
         match arguments.action:
             case "hf-to-megatron":
                 _require(a, HuggingFaceModel)
-                found = hf_to_megatron(a, arguments.target, tensor=arguments.tensor_parallel, **options)
+                split = {kind: getattr(arguments, f"{kind}_parallel") for kind in ("tensor", "pipeline", "expert")}
+                found = hf_to_megatron(a, arguments.target, **split, **options)
             case "megatron-to-hf":
                 _require(a, MegatronModel)
                 found = megatron_to_hf(a, arguments.target, **options)
@@ -384,8 +397,12 @@ def _description(model: Model) -> str:
         "attention": f"{arch.heads} heads of {arch.head_dim} in {arch.groups} groups" + (f", window {windows[0]}" if windows else ""),
         "vocabulary": f"{arch.vocab}, {'tied' if arch.tied else 'untied'} head",
         "positions": f"{model.hf_config.max_position_embeddings}, rope {rope['rope_type']}, theta {rope['rope_theta']:g}",
-        "splits over": f"{_divisors(math.gcd(arch.heads, arch.groups, arch.ffn))} tensor and {_divisors(arch.layers)} pipeline ranks",
+        "splits over": f"{_divisors(math.gcd(arch.heads, arch.groups, arch.ffn))} tensor ranks, up to {arch.layers} pipeline stages",
     }
+    if arch.experts is not None:
+        facts["experts"] = (
+            f"{arch.experts.count}, of which {arch.experts.active} for each token; split over {_divisors(arch.experts.count)} ranks"
+        )
     return "\n".join(f"{name:12} {fact}" for name, fact in facts.items())
 
 

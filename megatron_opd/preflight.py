@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -138,8 +139,17 @@ def check_configs(config: Config) -> None:
     """
     needs = build_estimator(config).needs
     student = load_hf_config(config.student.path)
-    _check_split("student", config.student.path, student, tensor=config.learner.tensor_parallel, pipeline=config.learner.pipeline_parallel)
-    architecture(student).require_trainable(tensor=config.learner.tensor_parallel, sequence_parallel=config.learner.sequence_parallel)
+    learner = config.learner
+    _check_split(
+        "student",
+        config.student.path,
+        student,
+        tensor=learner.tensor_parallel,
+        pipeline=learner.pipeline_parallel,
+        expert=learner.expert_parallel,
+        layers=learner.pipeline_layers,
+    )
+    architecture(student).require_trainable(tensor=learner.tensor_parallel, sequence_parallel=learner.sequence_parallel)
     if needs.generation:
         architecture(student).require_divisible(tensor=config.rollout.tensor_parallel, pipeline=1)
     if needs.generation or config.eval.prompts:
@@ -203,9 +213,9 @@ def _check_teacher(config: Config, student: PretrainedConfig) -> None:
     _check_split("teacher", settings.path, teacher, tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel)
 
 
-def _check_split(name: str, path: str, hf_config: PretrainedConfig, *, tensor: int, pipeline: int) -> None:
+def _check_split(name: str, path: str, hf_config: PretrainedConfig, **split: Any) -> None:
     try:
-        architecture(hf_config).require_divisible(tensor=tensor, pipeline=pipeline)
+        architecture(hf_config).require_divisible(**split)
     except ConfigError as error:
         raise ConfigError(f"{name} {path}: {error}") from error
 

@@ -48,6 +48,7 @@ def test_config_is_frozen():
         ({"learner": {"fp8": {"noise_every": -1}}}, r"learner\.fp8\.noise_every=-1"),
         ({"teacher": {"backend": "vllm", "pipeline_parallel": 2}}, "needs teacher.backend=megatron"),
         ({"learner": {"sequence_parallel": True}}, "learner.tensor_parallel > 1"),
+        ({"learner": {"expert_parallel": 2, "data_parallel": 3}}, r"expert_parallel=2 does not divide learner\.data_parallel=3"),
         ({"eval": {"verifier": "a.py:f"}}, r"eval\.prompts is empty"),
         ({"learner": {"optimizer": {"warmup_steps": -1}}}, "warmup_steps=-1 must be 0 or more"),
         ({"learner": {"optimizer": {"beta2": 1.0}}}, r"beta2=1.0 must lie in \[0, 1\)"),

@@ -1,6 +1,6 @@
 """Checkpoints between Hugging Face and Megatron-Core. CPU only; memory for two of the largest tensors and 1 GiB; disk speed.
 
-    python tools/convert.py hf-to-megatron FOLDER CHECKPOINT --tensor-parallel 4
+    python tools/convert.py hf-to-megatron FOLDER CHECKPOINT --tp 4 --pp 2 --ep 8
     python tools/convert.py megatron-to-hf CHECKPOINT FOLDER
     python tools/convert.py verify A B
     python tools/convert.py inspect A --digest

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -36,7 +37,8 @@ class TrainingState:
 
     def __init__(self, module: GPTModel, optimizer: ChainedOptimizer, parallel: ParallelConfig) -> None:
         self._module = module
-        (self._optimizer,) = optimizer.chained_optimizers  # one dtype, no experts split over ranks
+        # One for what every replica holds, and where experts are split over ranks one for those. On disk no trace is left of that.
+        self._dense, *self._experts = optimizer.chained_optimizers
         self._parallel = parallel
         self._writing: Path | None = None
         self._queue = AsyncCallsQueue()
@@ -81,33 +83,29 @@ class TrainingState:
                 del state["generators"]
             loaded = dist_checkpointing.load(state, str(folder))
         self._module.load_state_dict({name: tensor for name, tensor in loaded["model"].items() if name in state["model"]})
-        self._load_optimizer(loaded["optimizer"])
+        for number, one in enumerate(self._experts):
+            settings = _for_experts(loaded["optimizer"]["optimizer"])
+            _load_optimizer(one, {**loaded["optimizer"], "optimizer": settings, "param_state": loaded["experts"][number]})
+        _load_optimizer(self._dense, loaded["optimizer"])
         if "generators" in state:
             _restore_generators(loaded["generators"])
         return common["counters"]
 
     def _state(self, *, is_loading: bool) -> dict[str, Any]:
+        optimizers = [self._dense, *self._experts]
         if is_loading:
-            _make_moments(self._optimizer.optimizer)
+            for one in optimizers:
+                _make_moments(one.optimizer)
         model = self._module.sharded_state_dict(
             metadata={"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         )
-        optimizer = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
+        dense, *experts = (one.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE) for one in optimizers)
+        moments = {number: one["param_state"] for number, one in enumerate(experts)}
         if is_loading:  # rows that pad the vocabulary are not on disk: they must not come back as whatever was in memory
-            for held in nested_values(optimizer["param_state"]):
+            for held in nested_values({"dense": dense["param_state"], **moments}):
                 assert isinstance(held, ShardedTensor | ShardedTensorFactory), f"optimizer state of type {type(held).__name__}"
                 held.data.zero_()
-        return {"model": model, "optimizer": optimizer, "generators": _generators(self._parallel)}
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Megatron fills whatever stands in a parameter's state, and torch's Adam keeps its step there (those of apex and TE do not)."""
-        moments = state.pop("param_state")
-        self._optimizer.load_state_dict(state)
-        held = self._optimizer.optimizer.state
-        steps = {parameter: entry.pop("step") for parameter, entry in held.items() if "step" in entry}
-        self._optimizer.load_parameter_state_from_fully_reshardable(moments)
-        for parameter, step in steps.items():
-            held[parameter]["step"] = step.clone()  # Megatron gave one tensor to all, and Adam counts in place
+        return {"model": model, "optimizer": dense, "experts": moments, "generators": _generators(self._parallel)}
 
 
 @contextmanager
@@ -116,6 +114,22 @@ def _named(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException) as error:
         raise CheckpointError(f"checkpoint {folder}: {type(error).__name__}: {error}") from error
+
+
+def _load_optimizer(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """Megatron fills whatever stands in a parameter's state, and torch's Adam keeps its step there (those of apex and TE do not)."""
+    moments = state.pop("param_state")
+    optimizer.load_state_dict(state)
+    held = optimizer.optimizer.state
+    steps = {parameter: entry.pop("step") for parameter, entry in held.items() if "step" in entry}
+    optimizer.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        held[parameter]["step"] = step.clone()  # Megatron gave one tensor to all, and Adam counts in place
+
+
+def _for_experts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Learning rate and step of the other optimizer, whose groups of parameters Megatron tells from these by a mark."""
+    return {**settings, "param_groups": [{**group, "is_expert_parallel": True} for group in settings["param_groups"]]}
 
 
 def _make_moments(adam: torch.optim.Optimizer) -> None:

@@ -75,7 +75,9 @@ class Learner:
         self._parallel = parallel.ParallelConfig(
             tensor=settings.tensor_parallel,
             pipeline=settings.pipeline_parallel,
+            layers=settings.pipeline_layers,
             data=settings.data_parallel,
+            expert=settings.expert_parallel,
             sequence_parallel=settings.sequence_parallel,
         )
         parallel.initialize(self._parallel, device=student.device, seed=student.seed)

@@ -46,7 +46,7 @@ def build(
             not divide the model, or CUDA comes without Transformer Engine.
     """
     arch = architecture(hf_config)
-    arch.require_divisible(tensor=parallel.tensor, pipeline=parallel.pipeline)
+    arch.require_divisible(tensor=parallel.tensor, pipeline=parallel.pipeline, expert=parallel.expert, layers=parallel.layers)
     on_cuda = torch.device(device).type == "cuda"
     config = _transformer_config(
         arch, hf_config.rms_norm_eps, parallel, dtype=dtype, recompute=recompute, on_cuda=on_cuda, fp8_recipe=fp8_recipe
@@ -123,8 +123,8 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
+        **parallel.megatron_sizes(),
+        pipeline_model_parallel_layout=_stages(arch, parallel),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in T, and pipeline stages must tell each other
         moe_token_dispatcher_type="alltoall",  # its default is refused beside variable_seq_lengths, with and without experts
@@ -147,6 +147,16 @@ def _transformer_config(
         apply_rope_fusion=on_cuda,
         **fp8_settings(fp8_recipe),
     )
+
+
+def _stages(arch: Architecture, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, as Megatron spells it."""
+    if parallel.pipeline == 1:
+        return None
+    stages = [["decoder"] * layers for layers in arch.stages(parallel.pipeline, parallel.layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def fp8_settings(recipe: str | None) -> dict[str, str]:
@@ -191,7 +201,8 @@ def _local_spec(arch: Architecture, parallel: ParallelConfig) -> TransformerBloc
     attention.core_attention = PackedAttention
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * (arch.layers // parallel.pipeline), layer_norm=RMSNorm)
+    layers_here = arch.stages(parallel.pipeline, parallel.layers)[parallel_state.get_pipeline_model_parallel_rank()]
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
 
 
 def _rope(hf_config: Any) -> tuple[Tensor | None, float]:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_opd.model.build import gpt_of
 from megatron_opd.model.parallel import ParallelConfig, place
-from megatron_opd.types import VocabShard
+from megatron_opd.types import TensorSpec, VocabShard
 from megatron_opd.weights.architectures import architecture
 from megatron_opd.weights.files import SafetensorsFolder
-from megatron_opd.weights.mapping import Rule, by_megatron_name, hf_manifest, rules, to_hf, to_megatron
+from megatron_opd.weights.mapping import Rule, by_megatron_name, hf_manifest, manifest, rules, to_hf, to_megatron
 
 
 def load_hf(model: nn.Module, folder: str | Path, hf_config: Any, parallel: ParallelConfig) -> None:
@@ -51,38 +52,51 @@ def load_head(folder: str | Path, hf_config: Any, shard: VocabShard, dtype: str)
     return head
 
 
-def export_hf(model: nn.Module, hf_config: Any, parallel: ParallelConfig, dtype: str) -> Iterator[tuple[str, Tensor]]:
+def export_hf(
+    model: nn.Module, hf_config: Any, parallel: ParallelConfig, dtype: str, *, by_stage: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Full tensors in the order and dtype of `hf_manifest(hf_config, dtype)`: yielded on global rank 0, on other ranks nothing.
+    With `by_stage` each pipeline stage yields its own on its first rank, in the order of `stage_manifest` and at its own pace.
 
-    A collective over the ranks of the first replica: each must run the iterator to its end, at the pace of rank 0, which
-    holds one parameter at a time. Ranks of other replicas have nothing to do and end at once. A tensor may be a view of a
-    live parameter: use it before the next optimizer step.
+    A collective over the ranks that share the first set of experts, without experts those of the first replica: each must run
+    the iterator to its end, at the pace of the rank that it yields on, which holds one parameter at a time. Other ranks end
+    at once. A tensor may be a view of a live parameter: use it before the next optimizer step.
     """
     here = place()
-    if here.data:
+    if here.data != here.expert:
         return
     arch = architecture(hf_config)
-    layers_per_stage = arch.layers // parallel.pipeline
+    stages = arch.stages(parallel.pipeline, parallel.layers)
     parameters = dict(global_parameters(model, parallel))
     for rule in rules(arch):
-        stage = rule.layer // layers_per_stage
-        if here.pipeline == stage:
+        stage, part = arch.stage_of(rule.layer, stages), arch.expert_rank(rule.expert, parallel.expert)
+        tensors: list[tuple[str, Tensor]] = []
+        if (here.pipeline, here.expert) == (stage, part):
             shards = _gather(_parameter(parameters, rule).detach().to(getattr(torch, dtype)), parallel.tensor)
             tensors = to_hf(rule, shards) if shards else []
-        else:
-            tensors = []
-        if here.tensor == 0 and stage > 0:
-            tensors = _forward_to_first_stage(tensors, rule, stage, dtype)
-        if here.tensor == here.pipeline == 0:
+        if here.tensor == 0 and here.pipeline == stage and part > 0:
+            tensors = _to_first(parallel_state.get_expert_model_parallel_group(), part, tensors, rule, dtype)
+        if here.tensor == here.expert == 0 and stage > 0 and not by_stage:
+            tensors = _to_first(parallel_state.get_pipeline_model_parallel_group(), stage, tensors, rule, dtype)
+        if here.tensor == here.expert == 0 and (by_stage or here.pipeline == 0):
             yield from tensors
 
 
+def stage_manifest(hf_config: Any, parallel: ParallelConfig, dtype: str, stage: int) -> tuple[TensorSpec, ...]:
+    """What `export_hf` yields by stage, on the first rank of this one."""
+    arch = architecture(hf_config)
+    stages = arch.stages(parallel.pipeline, parallel.layers)
+    return manifest((rule for rule in rules(arch) if arch.stage_of(rule.layer, stages) == stage), dtype)
+
+
 def global_parameters(model: nn.Module, parallel: ParallelConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters, layers counted over all pipeline stages."""
-    gpt = gpt_of(model)
-    first_layer = place().pipeline * (gpt.config.num_layers // parallel.pipeline)
+    """This rank's parameters, layers counted over all pipeline stages and experts over all ranks that share them."""
+    gpt, here = gpt_of(model), place()
+    first_layer = get_transformer_layer_offset(gpt.config)
+    first_expert = here.expert * ((gpt.config.num_moe_experts or 0) // parallel.expert)
     for name, parameter in gpt.named_parameters():
-        yield re.sub(r"^decoder\.layers\.(\d+)\.", lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", name), parameter
+        name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda match: str(int(match[0]) + first_layer), name)
+        yield re.sub(r"(?<=\.local_experts\.)\d+", lambda match: str(int(match[0]) + first_expert), name), parameter
 
 
 def _parameter(parameters: dict[str, nn.Parameter], rule: Rule) -> nn.Parameter:
@@ -102,16 +116,15 @@ def _gather(shard: Tensor, size: int) -> list[Tensor]:
     return shards or []
 
 
-def _forward_to_first_stage(tensors: list[tuple[str, Tensor]], rule: Rule, stage: int, dtype: str) -> list[tuple[str, Tensor]]:
-    """Sends from the first tensor-parallel rank of `stage` to rank 0; other stages stand by."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+def _to_first(group: dist.ProcessGroup, source: int, tensors: list[tuple[str, Tensor]], rule: Rule, dtype: str) -> list[tuple[str, Tensor]]:
+    """Sends from rank `source` of the group to its first, which returns what came; the others stand by."""
     ranks = dist.get_process_group_ranks(group)
-    if dist.get_rank() == ranks[stage]:
+    if dist.get_rank() == ranks[source]:
         for _, tensor in tensors:
             dist.send(tensor.contiguous(), dst=ranks[0], group=group)
     elif dist.get_rank() == ranks[0]:
         empty = partial(torch.empty, dtype=getattr(torch, dtype), device=torch.cuda.current_device())
         tensors = [(name, empty(shape)) for name, shape in zip(rule.hf, rule.shapes, strict=True)]
         for _, tensor in tensors:
-            dist.recv(tensor, src=ranks[stage], group=group)
+            dist.recv(tensor, src=ranks[source], group=group)
     return tensors

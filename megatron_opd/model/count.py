@@ -28,13 +28,14 @@ class StageCount:
     stage: int
     layers: int
     parameters: int  # of one rank
+    expert_parameters: int = 0  # of those: of experts that are split over ranks, so that fewer replicas share their optimizer
 
 
 def count_stages(hf_config: PretrainedConfig, parallel: ParallelConfig) -> list[StageCount]:
     """The stages in order; the layer specs are those of the CPU, which hold the same parameters as Transformer Engine's.
 
     Raises:
-        ConfigError: `parallel` does not divide the model.
+        ConfigError: the model does not split as `parallel` says.
     """
     plain = copy.deepcopy(hf_config)
     plain.rope_parameters = {"rope_type": "default", "rope_theta": hf_config.rope_parameters["rope_theta"]}  # holds no parameters
@@ -46,7 +47,12 @@ def _count(hf_config: PretrainedConfig, parallel: ParallelConfig, stage: int, ra
     with _pretended(parallel, rank), torch.device("meta"):
         assert parallel_state.get_pipeline_model_parallel_rank() == stage, "Megatron numbers its ranks in another way"
         model = build(hf_config, parallel, dtype=torch.bfloat16, device="meta")
-        return StageCount(stage=stage, layers=len(model.decoder.layers), parameters=sum(p.numel() for p in model.parameters()))
+        return StageCount(
+            stage=stage,
+            layers=len(model.decoder.layers),
+            parameters=sum(p.numel() for p in model.parameters()),
+            expert_parameters=sum(p.numel() for p in model.parameters() if not getattr(p, "allreduce", True)),
+        )
 
 
 @contextmanager
@@ -55,9 +61,7 @@ def _pretended(parallel: ParallelConfig, rank: int) -> Iterator[None]:
     megatron_cpu.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline, create_gloo_process_groups=False
-        )
+        parallel_state.initialize_model_parallel(**parallel.megatron_sizes(), create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         yield
     finally:

@@ -15,14 +15,20 @@ from megatron_opd.types import VocabShard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the split; their product is the world size."""
+    """Sizes of the split; the product of tensor, pipeline and data is the world size."""
 
     tensor: int = 1  # ranks that share each weight matrix
     pipeline: int = 1  # ranks that share the layers
+    layers: tuple[int, ...] = ()  # of each pipeline stage; (): as even as they get
     data: int = 1  # replicas
+    expert: int = 1  # consecutive replicas that share one set of experts, each holding its part
     sequence_parallel: bool = False  # norms and residuals are split over the tensor ranks along T
 
     def __post_init__(self) -> None:
+        if self.data % self.expert:
+            raise ConfigError(
+                f"expert_parallel={self.expert} does not divide data_parallel={self.data}, whose ranks share the experts; make it divide"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ConfigError("sequence_parallel=true splits tokens over tensor-parallel ranks; set tensor > 1 or switch it off")
 
@@ -30,6 +36,14 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Ranks in all."""
         return self.tensor * self.pipeline * self.data
+
+    def megatron_sizes(self) -> dict[str, int]:
+        """Those that Megatron's groups and its models are built of, by its names."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "expert_model_parallel_size": self.expert,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +53,7 @@ class Place:
     tensor: int
     pipeline: int
     data: int
+    expert: int  # data modulo `ParallelConfig.expert`
 
 
 def initialize(parallel: ParallelConfig, *, device: torch.device | str, seed: int) -> None:
@@ -60,7 +75,7 @@ def initialize(parallel: ParallelConfig, *, device: torch.device | str, seed: in
         torch.cuda.set_device(device.index or 0)  # a role sees only its own devices
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline)
+    parallel_state.initialize_model_parallel(**parallel.megatron_sizes())
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -71,6 +86,7 @@ def place() -> Place:
         tensor=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
     )
 
 

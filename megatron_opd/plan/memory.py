@@ -5,6 +5,7 @@ Dimension key, as in names: D hidden, F feed-forward, V vocabulary, T tokens of 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -29,7 +30,7 @@ class Model:
 
     hf_config: PretrainedConfig
     arch: Architecture
-    counted: dict[tuple[int, int], list[StageCount]] = field(default_factory=dict)  # (tensor, pipeline) -> stages
+    counted: dict[tuple, list[StageCount]] = field(default_factory=dict)  # by what decides which parameters a rank has
 
     @classmethod
     def load(cls, path: str) -> "Model":
@@ -39,7 +40,7 @@ class Model:
 
     def stages(self, split: ParallelConfig) -> list[StageCount]:
         """Counted on the whole world of the first split of these sizes; more replicas hold the same."""
-        key = split.tensor, split.pipeline
+        key = split.tensor, split.pipeline, split.layers, split.expert
         if key not in self.counted:
             self.counted[key] = count_stages(self.hf_config, split)
         return self.counted[key]
@@ -93,7 +94,9 @@ def learner_memory(config: Config, settings: LearnerConfig, needs: Needs, studen
     split = ParallelConfig(
         tensor=settings.tensor_parallel,
         pipeline=settings.pipeline_parallel,
+        layers=settings.pipeline_layers,
         data=settings.data_parallel,
+        expert=settings.expert_parallel,
         sequence_parallel=settings.sequence_parallel,
     )
     stages = student.stages(split)
@@ -108,10 +111,11 @@ def _stage(config: Config, settings: LearnerConfig, needs: Needs, student: Model
     rows = chunk * student.arch.vocab / tensor * 4 * KERNEL_COPIES if last else 0.0
     if last and needs.divergence and teacher is not None:  # its LM head, and its logits beside the student's
         rows = 2 * rows + teacher.arch.hidden * teacher.arch.vocab / tensor * BYTES[config.teacher.dtype]
+    optimized = (stage.parameters + (settings.expert_parallel - 1) * stage.expert_parameters) / settings.data_parallel
     return {
         "weights": stage.parameters * width,
         "gradients": stage.parameters * 4,  # float32, one buffer
-        "optimizer": stage.parameters * (12 if width == 2 else 8) / settings.data_parallel,  # two moments; a master where weights are not
+        "optimizer": optimized * (12 if width == 2 else 8),  # two moments; a master where weights are not
         "activations": _activations(settings, student.arch, stage, tokens) * width,
         "kl_workspace": rows,
         "sync": _sync(config, student),
@@ -223,21 +227,22 @@ def _neighbours(config: Config, role: str, student: Model, teacher: Model | None
 
 def _learner_neighbours(config: Config) -> Iterator[tuple[str, Config]]:
     settings = config.learner
-    found: list[tuple[int, dict[str, int | bool]]] = []
+    found: list[tuple[int, dict[str, Any]]] = []
     for more in (1, 2, 4, 8):
         for tensor in (1, 2, 4, 8):
             for pipeline in (1, 2, 4, 8):
                 data, rest = divmod(settings.data_parallel * more, tensor * pipeline)
                 width = settings.tensor_parallel * tensor
-                if rest or width > config.cluster.gpus_per_node:
+                if rest or data % settings.expert_parallel or width > config.cluster.gpus_per_node:
                     continue
                 for recompute in sorted({settings.recompute, True}):
                     for share in (1, 2, 4):
-                        changes: dict[str, int | bool] = {
+                        changes: dict[str, Any] = {
                             "recompute": recompute,
                             "micro_batch_tokens": settings.micro_batch_tokens // share,
                             "tensor_parallel": width,
                             "pipeline_parallel": settings.pipeline_parallel * pipeline,
+                            "pipeline_layers": settings.pipeline_layers if pipeline == 1 else (),
                             "data_parallel": data,
                             "sequence_parallel": settings.sequence_parallel or width > 1,
                         }

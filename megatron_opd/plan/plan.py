@@ -103,7 +103,7 @@ def _best_split(config: Config, needs: Needs, processes: tuple[Process, ...], st
     teachers = range(1, total // widths[1] + 1) if teacher is not None else [0]
     for data, scorers in itertools.product(range(1, total // unit + 1), teachers):
         replicas = (total - data * unit - scorers * widths[1]) // widths[0]
-        if replicas < 1 or config.loop.batch < data:
+        if replicas < 1 or config.loop.batch < data or data % learner.expert_parallel:
             continue
         changed = replace(
             config,

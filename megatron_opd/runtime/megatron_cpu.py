@@ -5,16 +5,18 @@ answer says only "the device is the CPU". Read with megatron-core 0.16.1.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import random
+from megatron.core.tensor_parallel import mappings, random
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _CPU = torch.device("cpu")
+_GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
 
 def install() -> None:
@@ -30,6 +32,7 @@ def install() -> None:
         `Tensor.type()`: the optimizers accept parameters of type torch.cuda.*Tensor only.
 
         the dispatcher of tokens to experts: it copies counts to the host on a stream of its own. They are there already.
+        gathering and scattering of uneven pieces, which experts over tensor and expert ranks do: gloo takes even ones alone.
         the router of experts: without Transformer Engine it reads a name that nobody defined; None means torch's product.
 
     What needs no answer because it stays off on CPU: fused kernels and Transformer Engine. Elsewhere streams are not asked
@@ -44,6 +47,8 @@ def install() -> None:
     moe_utils.te_general_gemm = None
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # anything but None: None makes it ask for a stream
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_are_here
+    mappings._gather_along_first_dim = _gather
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter
     if not any(isinstance(mode, _CudaMeansCpu) for mode in _get_current_function_mode_stack()):
         _CudaMeansCpu().__enter__()
 
@@ -71,6 +76,30 @@ def _counts_are_here(dispatcher: MoEAlltoAllTokenDispatcher, point: str, counts:
         if isinstance(splits, torch.Tensor):
             setattr(dispatcher, name, splits.numpy())
     return counts
+
+
+def _gather(piece: torch.Tensor, group: ProcessGroup, sizes: Sequence[int] | None = None, buffered: bool = False) -> torch.Tensor:
+    """Megatron's own, of pieces that are padded to the longest where they are uneven."""
+    if sizes is None or group.size() == 1:
+        return _GATHER(piece, group, None, buffered)
+    if not max(sizes):
+        return piece
+    padded = _GATHER(_padded(piece, max(sizes)), group, None, buffered).chunk(group.size())
+    return torch.cat([whole[:size] for whole, size in zip(padded, sizes, strict=True)])
+
+
+def _reduce_scatter(whole: torch.Tensor, group: ProcessGroup, sizes: Sequence[int] | None = None, buffered: bool = False) -> torch.Tensor:
+    """The inverse of `_gather`."""
+    if sizes is None or group.size() == 1:
+        return _REDUCE_SCATTER(whole, group, None, buffered)
+    if not max(sizes):
+        return whole
+    padded = torch.cat([_padded(piece, max(sizes)) for piece in whole.split(list(sizes))])
+    return _REDUCE_SCATTER(padded, group, None, buffered)[: sizes[group.rank()]]
+
+
+def _padded(piece: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.cat([piece, piece.new_zeros(size - len(piece), *piece.shape[1:])])
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -4,8 +4,10 @@ A new family is one line in `FAMILIES`, when its tensors carry the names of `map
 read, known to leave the logits alone, or refused by name: a field that nobody knows may change the numbers.
 """
 
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from megatron_opd.errors import ConfigError
@@ -155,13 +157,41 @@ class Architecture:
         """Values between the projections of a feed-forward layer that one token makes."""
         return self.ffn * (self.experts.active if self.experts else 1)
 
-    def require_divisible(self, *, tensor: int, pipeline: int) -> None:
-        """Raises ConfigError unless so many tensor- and pipeline-parallel ranks share the model evenly; names the numbers that do."""
+    def stages(self, pipeline: int, given: Sequence[int] = ()) -> tuple[int, ...]:
+        """Layers of each pipeline stage: those `given`, else as even as they get; the last, which has the head, and the first have fewest.
+
+        Raises:
+            ConfigError: a stage would have none, or `given` is not a division of the layers among so many.
+        """
+        if pipeline > self.layers:
+            raise ConfigError(f"pipeline_parallel={pipeline} exceeds num_layers={self.layers}; use {self.layers} or fewer")
+        if given and (len(given) != pipeline or min(given) < 1 or sum(given) != self.layers):
+            raise ConfigError(
+                f"pipeline_layers={list(given)} must be {pipeline} numbers of layers, for pipeline_parallel={pipeline}, that are 1 or more "
+                f"and sum to num_layers={self.layers}"
+            )
+        least, more = divmod(self.layers, pipeline)
+        richest_first = [*range(1, pipeline - 1), 0, pipeline - 1]
+        return tuple(given) or tuple(least + (stage in richest_first[:more]) for stage in range(pipeline))
+
+    def stage_of(self, layer: int, stages: Sequence[int]) -> int:
+        """The pipeline stage that holds the layer, where they hold so many each."""
+        return bisect(list(accumulate(stages)), layer)
+
+    def expert_rank(self, expert: int | None, ranks: int) -> int:
+        """Which of `ranks` that share the experts holds this one, in consecutive parts; the first answers for what all hold."""
+        return 0 if expert is None else expert * ranks // self.experts.count
+
+    def require_divisible(self, *, tensor: int, pipeline: int, expert: int = 1, layers: Sequence[int] = ()) -> None:
+        """Raises ConfigError unless so many tensor- and expert-parallel ranks share the model evenly, and pipeline stages as they can."""
+        self.stages(pipeline, layers)
+        if self.experts is None and expert > 1:
+            raise ConfigError(f"expert_parallel={expert} splits experts over ranks, and this model has none; use 1")
         splits = {
             "num_attention_heads": (self.heads, "tensor_parallel", tensor),
             "num_query_groups": (self.groups, "tensor_parallel", tensor),
             "intermediate_size": (self.ffn, "tensor_parallel", tensor),
-            "num_layers": (self.layers, "pipeline_parallel", pipeline),
+            "num_experts": (self.experts.count if self.experts is not None else 1, "expert_parallel", expert),
         }
         for name, (size, setting, ranks) in splits.items():
             if size % ranks:

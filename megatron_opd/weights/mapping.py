@@ -2,13 +2,13 @@
 
 `rules` is the table: one rule per Megatron parameter, in the order in which weights are sent. A rule names the parameter in
 both worlds and holds a layout, which knows how Hugging Face tensors join to the full Megatron tensor and how tensor
-parallelism cuts that. Layers are counted over the whole model; which pipeline stage holds them is not known here.
+parallelism cuts that. Layers and experts are counted over the whole model; which ranks hold them is not known here.
 
 Dimension key: V vocabulary, D hidden, F feed-forward, h query heads, g key-value heads, d head size.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -139,6 +139,7 @@ class Rule:
     shapes: tuple[tuple[int, ...], ...]  # of the Hugging Face tensors
     layout: Layout
     layer: int  # 0-based layer whose pipeline stage holds it; the embedding counts to the first, norm and head to the last
+    expert: int | None = None  # 0-based number of the expert that it is part of; None: of what all tokens go through
 
 
 def rules(arch: Architecture) -> tuple[Rule, ...]:
@@ -175,13 +176,16 @@ def _layer_rules(arch: Architecture, layer: int) -> Iterator[Rule]:
     query, key, hidden, ffn = arch.heads * arch.head_dim, arch.groups * arch.head_dim, arch.hidden, arch.ffn
     qkv = _QueryKeyValue(axis=0, groups=arch.groups, head_dim=arch.head_dim)
 
-    def rule(megatron: tuple[str, ...], hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], layout: Layout) -> Rule:
+    def rule(
+        megatron: tuple[str, ...], hf: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], layout: Layout, expert: int | None = None
+    ) -> Rule:
         return Rule(
             megatron=tuple(f"decoder.layers.{layer}.{name}" for name in megatron),
             hf=tuple(f"model.layers.{layer}.{name}" for name in hf),
             shapes=shapes,
             layout=layout,
             layer=layer,
+            expert=expert,
         )
 
     def projections(suffix: str) -> tuple[str, ...]:
@@ -208,8 +212,8 @@ def _layer_rules(arch: Architecture, layer: int) -> Iterator[Rule]:
         for number in range(arch.experts.count):
             ours, theirs = f"mlp.experts.local_experts.{number}", f"{block}.experts.{number}"
             halves = (f"{theirs}.{gate}.weight", f"{theirs}.{up}.weight")
-            yield rule((f"{ours}.linear_fc1.weight",), halves, ((ffn, hidden), (ffn, hidden)), _GateUp())
-            yield rule((f"{ours}.linear_fc2.weight",), (f"{theirs}.{down}.weight",), ((hidden, ffn),), _Split(axis=1))
+            yield rule((f"{ours}.linear_fc1.weight",), halves, ((ffn, hidden), (ffn, hidden)), _GateUp(), number)
+            yield rule((f"{ours}.linear_fc2.weight",), (f"{theirs}.{down}.weight",), ((hidden, ffn),), _Split(axis=1), number)
         return
     yield rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), ((ffn, hidden), (ffn, hidden)), _GateUp())
     if arch.linear_bias:
@@ -236,7 +240,11 @@ def to_hf(rule: Rule, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 
 def hf_manifest(hf_config: Any, dtype: str) -> tuple[TensorSpec, ...]:
     """All Hugging Face tensors of the model in sending order; `dtype` is an attribute of torch, e.g. "bfloat16"."""
-    table = rules(architecture(hf_config))
+    return manifest(rules(architecture(hf_config)), dtype)
+
+
+def manifest(table: Iterable[Rule], dtype: str) -> tuple[TensorSpec, ...]:
+    """The Hugging Face tensors of some rules."""
     return tuple(
         TensorSpec(name=name, dtype=dtype, shape=shape) for rule in table for name, shape in zip(rule.hf, rule.shapes, strict=True)
     )

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,29 @@ def test_a_learner_whose_checkpoint_finds_no_room_goes_on_and_saves_again(folder
     for fault, version in found:
         assert f"{small} could not be written" in fault and version == 2
     assert list(large.glob("*.distcp")) and (large / ".metadata").exists()
+
+
+EXPERT_PARALLEL = {"data_parallel": 2, "expert_parallel": 2}
+
+
+def train_experts_apart(folder, load, save):
+    """Experts split over two ranks: from the start, from what one rank saved, and from what these two did."""
+    return [train(folder, EXPERT_PARALLEL, "float32", path, "" if path else save) for path in ("", load, save)]
+
+
+def test_experts_that_are_split_over_ranks_train_alike_and_go_on_wherever_they_were_saved(tmp_path):
+    folder = write_model(tmp_path / "student", "qwen3_moe", num_hidden_layers=2)
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    for path in (one, two):
+        Path(path).mkdir()
+    whole = run_ranks(train, 1, folder, {}, "float32", "", one)[0]
+    apart, from_one, from_two = run_ranks(train_experts_apart, 2, folder, one, two, timeout_s=240)[0]
+    together = run_ranks(train, 1, folder, {}, "float32", two, "")[0]
+    assert apart["loss"][SAVED_AT:] == from_two["loss"] and torch.equal(apart["generator"], from_two["generator"]), "bit for bit"
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert apart[name] == pytest.approx(whole[name], rel=1e-5), name
+        for found in (from_one, together):
+            assert found[name] == pytest.approx(whole[name][SAVED_AT:], rel=1e-5), name
 
 
 def damaged(folder, path, message):

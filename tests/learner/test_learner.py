@@ -24,7 +24,7 @@ LAYOUTS = {
     "tp2 sp": {"tensor_parallel": 2, "sequence_parallel": True},
     "pp2": {"pipeline_parallel": 2},
     "dp2": {"data_parallel": 2},
-    "tp2 pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "tp2 pp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "pipeline_layers": (1, 3)},
 }
 # With eps far above any gradient AdamW moves a weight by lr / eps times the gradient: a step shows the gradient itself.
 AS_SGD = OptimizerConfig(lr=1e6, eps=1e6, clip_grad=0.0, beta1=0.0, beta2=0.0)

@@ -5,10 +5,14 @@ import torch.nn.functional as F
 from tests.model import tiny
 from tests.ranks import run_ranks
 
-# The longest test sequence is longer than every original context and every window.
+# The longest test sequence is longer than every original context and every window. Pipeline stages are uneven where layers are odd.
 ORIGINAL = {"rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
-    "llama": {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}, "head_dim": 12},
+    "llama": {
+        "rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL},
+        "head_dim": 12,
+        "num_hidden_layers": 5,
+    },
     "llama_bias": {
         "attention_bias": True,
         "mlp_bias": True,
@@ -17,8 +21,8 @@ MODELS = {
     },
     "mistral": {"sliding_window": 9, "rope_parameters": {"rope_type": "yarn", "attention_factor": 1.3, "truncate": False, **ORIGINAL}},
     "qwen2": {"rope_parameters": {"rope_type": "yarn", **ORIGINAL}},
-    "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {"tie_word_embeddings": True},
+    "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3},
+    "qwen3": {"tie_word_embeddings": True, "num_hidden_layers": 5},
     "qwen3_untied": {"num_attention_heads": 4, "num_key_value_heads": 4},
 }
 LAYOUTS = {

@@ -15,9 +15,9 @@ from megatron.core.tensor_parallel import (
 
 from megatron_opd.model.build import build, head_weight
 from megatron_opd.model.checkpoint import load_megatron
-from megatron_opd.model.convert import export_hf, global_parameters, load_hf
+from megatron_opd.model.convert import export_hf, global_parameters, load_hf, stage_manifest
 from megatron_opd.model.forward import forward_hidden
-from megatron_opd.model.parallel import ParallelConfig, initialize, vocab_shard
+from megatron_opd.model.parallel import ParallelConfig, initialize, place, vocab_shard
 from megatron_opd.types import MicroBatch
 from tests.model import tiny
 
@@ -47,9 +47,16 @@ class Loaded:
         self.model = DistributedDataParallel(model.config, settings, model)
         self.shard = vocab_shard(self.hf_config.vocab_size, self.parallel)
 
-    def export(self, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    def export(self, dtype: str = "float32", **options: Any) -> dict[str, torch.Tensor]:
         """Weights by Hugging Face name on rank 0, nothing elsewhere."""
-        return {name: tensor.clone() for name, tensor in export_hf(self.model, self.hf_config, self.parallel, dtype)}
+        return {name: tensor.clone() for name, tensor in export_hf(self.model, self.hf_config, self.parallel, dtype, **options)}
+
+    def part(self) -> dict[str, torch.Tensor]:
+        """Weights of each pipeline stage on its first rank, in the order of its manifest."""
+        part, here = self.export(by_stage=True), place()
+        manifest = stage_manifest(self.hf_config, self.parallel, "float32", here.pipeline)
+        assert list(part) == ([spec.name for spec in manifest] if here.tensor == here.data == 0 else [])
+        return part
 
     def logits(self, batches: list[MicroBatch]) -> torch.Tensor | None:
         """[sum of T, V] on the ranks of the last stage."""
@@ -119,6 +126,7 @@ def _everything(folders: dict[str, str], *, recompute: bool = False, **sizes) ->
         results[name] = {
             "weights": loaded.export(),
             "half": loaded.export("bfloat16"),
+            "part": loaded.part(),
             "logits": loaded.logits(tiny.BATCHES),
             "gradients": loaded.gradients(tiny.BATCHES),
         }

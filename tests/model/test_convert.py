@@ -20,3 +20,12 @@ def test_weights_come_back_byte_for_byte_in_manifest_order_on_rank_0_only(ranks,
             assert weights.keys() == half.keys() == stored.keys()
             assert all(torch.equal(tensor, stored[key]) for key, tensor in weights.items())
             assert all(torch.equal(tensor, stored[key].bfloat16()) for key, tensor in half.items())
+
+
+def test_the_parts_of_all_stages_are_the_model(ranks, folders):
+    for name, folder in folders.items():
+        stored = load_file(f"{folder}/model.safetensors")
+        for layout in range(len(ranks[0])):
+            parts = [(key, tensor) for rank in ranks for key, tensor in rank[layout][name]["part"].items()]
+            assert sorted(key for key, _ in parts) == sorted(stored)
+            assert all(torch.equal(tensor, stored[key]) for key, tensor in parts)

@@ -10,6 +10,11 @@ def test_sequence_parallelism_without_tensor_parallelism_is_refused():
         ParallelConfig(sequence_parallel=True)
 
 
+def test_replicas_that_cannot_share_experts_are_refused():
+    with pytest.raises(ConfigError, match="expert_parallel=2 does not divide data_parallel=3"):
+        ParallelConfig(data=3, expert=2)
+
+
 def test_the_vocabulary_is_padded_by_less_than_the_tensor_ranks():
     for tensor in range(1, 9):
         padded = padded_vocab(507, tensor)

@@ -18,6 +18,7 @@ from megatron_opd.plan.plan import make_plan, stage_seconds
 from megatron_opd.preflight import build_estimator, check_configs, load_hf_config
 from megatron_opd.slurm import script
 from megatron_opd.types import Divergence, Needs
+from tests.model import tiny
 
 model_at = functools.cache(Model.load)  # what it has counted is not counted again
 EXAMPLES = sorted(Path("examples/cluster").glob("*.yaml"))
@@ -63,6 +64,17 @@ def test_the_stages_of_a_split_add_up_to_the_model():
     norms = 4096 * (2 * 32 + 1)  # on every tensor rank
     assert sum(4 * stage.parameters for stage in stages) == whole.parameters + 3 * norms
     assert [stage.layers for stage in stages] == [8, 8, 8, 8]
+    assert [stage.layers for stage in count_stages(hf_config, ParallelConfig(pipeline=3))] == [11, 11, 10]
+    assert [stage.layers for stage in count_stages(hf_config, ParallelConfig(pipeline=3, layers=(12, 12, 8)))] == [12, 12, 8]
+
+
+def test_ranks_that_share_experts_hold_their_part_of_them():
+    hf_config = tiny.config("qwen3_moe")
+    (whole,) = count_stages(hf_config, ParallelConfig())
+    (third,) = count_stages(hf_config, ParallelConfig(data=6, expert=3))
+    experts = 4 * 6 * 3 * 48 * 40  # layers, experts, matrices of each
+    assert whole.expert_parameters == 0 and third.expert_parameters == experts // 3
+    assert whole.parameters - third.parameters == experts * 2 // 3
 
 
 def test_of_the_experts_a_token_meets_a_few(tmp_path):

@@ -12,15 +12,15 @@ from tests.run.everything import Everything
 
 pytestmark = pytest.mark.engines
 
-TP2 = {"tensor_parallel": 2}
+TP2, TIED = {"tensor_parallel": 2}, {"tie_word_embeddings": True}
 # name: (family, model settings, learner layout, teacher layout, tensor-parallel size of the rollouts, group of estimators)
 CASES = {
     "untied llama, tp2 sp": ("llama", {}, {**TP2, "sequence_parallel": True}, {}, 1, "head"),
-    "tied llama, pp2, teacher tp2": ("llama", {"tie_word_embeddings": True}, {"pipeline_parallel": 2}, TP2, 1, "draws"),
-    "tied qwen2, tp2, teacher pp2": ("qwen2", {"tie_word_embeddings": True}, TP2, {"pipeline_parallel": 2}, 1, "head"),
+    "tied llama, uneven pp2, teacher tp2": ("llama", {**TIED, "num_hidden_layers": 3}, {"pipeline_parallel": 2}, TP2, 1, "draws"),
+    "tied qwen2, tp2, teacher pp2": ("qwen2", TIED, TP2, {"pipeline_parallel": 2}, 1, "head"),
     "untied qwen2, one rank": ("qwen2", {}, {}, {}, 1, "draws"),
     "untied qwen3, dp2, vllm tp2": ("qwen3", {}, {"data_parallel": 2}, {}, 2, "draws"),
-    "tied qwen3, one rank": ("qwen3", {"tie_word_embeddings": True}, {}, {}, 1, "head"),
+    "tied qwen3, one rank": ("qwen3", TIED, {}, {}, 1, "head"),
 }
 
 

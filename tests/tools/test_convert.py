@@ -246,8 +246,13 @@ def test_what_is_no_model_and_what_exists_already_is_refused(source, checkpoint,
         open_model(tmp_path)
     with pytest.raises(CheckpointError, match="checkpoint exists already; name a new folder"):
         to_megatron(source, checkpoint)
-    with pytest.raises(ConfigError, match="tensor_parallel=3 does not divide"):
-        to_megatron(source, tmp_path / "out", tensor=3)
+    for split, message in (
+        ({"tensor": 3}, "tensor_parallel=3 does not"),
+        ({"pipeline": 9}, "pipeline_parallel=9 exceeds"),
+        ({"expert": 2}, "has none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            to_megatron(source, tmp_path / "out", **split)
 
 
 def test_a_full_disk_is_said_before_and_during_writing(source, tmp_path, monkeypatch):

@@ -69,6 +69,25 @@ def test_windows_are_told_by_layer():
     assert architecture(tiny.config("qwen2", sliding_window=7, max_window_layers=3)).windows == (None,) * 4
 
 
+def test_layers_that_do_not_divide_go_to_the_middle_stages_first_and_never_to_the_head():
+    def stages(layers, pipeline, given=()):
+        return architecture(tiny.config("qwen3", num_hidden_layers=layers)).stages(pipeline, given)
+
+    assert stages(8, 4) == (2, 2, 2, 2) and stages(5, 2) == (3, 2) and stages(4, 3) == (1, 2, 1)
+    assert stages(126, 16) == (7, *[8] * 14, 7), "Llama 3.1 405B"
+    assert stages(11, 4) == (3, 3, 3, 2) and stages(4, 2, (1, 3)) == (1, 3)
+    for layers in range(1, 20):
+        for pipeline in range(1, layers + 1):
+            found = stages(layers, pipeline)
+            assert len(found) == pipeline and sum(found) == layers and max(found) - min(found) <= 1 and found[-1] == min(found)
+
+
+def test_experts_are_shared_in_consecutive_parts():
+    arch = architecture(tiny.config("qwen3_moe", num_experts=6))
+    assert [arch.expert_rank(number, 3) for number in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert arch.expert_rank(None, 3) == 0
+
+
 def test_experts_over_tensor_ranks_want_sequence_parallelism():
     arch = architecture(tiny.config("mixtral"))
     arch.require_trainable(tensor=1, sequence_parallel=False)
