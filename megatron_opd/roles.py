@@ -27,6 +27,7 @@ from megatron_opd.runtime.imports import load_object
 from megatron_opd.runtime.nvtx import mark_operations
 from megatron_opd.turns import Desks, Turns, serve
 from megatron_opd.types import (
+    Address,
     Done,
     Export,
     FinishCheckpoint,
@@ -179,7 +180,7 @@ def _learner(config: Config, process: Process) -> None:
         teacher_moments=needs_of(config).moments,
     )
     learner = Learner(student, config.learner, build_estimator(config), ranks)
-    handler = LearnerHandler(config, learner, first=process.rank == 0)
+    handler = LearnerHandler(config, learner, ranks)
     if rollout is not None:
         roles = [replace(process, role=role, replica=0) for role in ("learner", "rollout")]
         desks = Desks([_open(rpc.Desk, config, role) for role in roles]) if process.rank == 0 else None
@@ -192,10 +193,11 @@ def _learner(config: Config, process: Process) -> None:
 class LearnerHandler:
     """Answers requests to the learner; every rank runs it in lockstep, the first rank's answer counts."""
 
-    def __init__(self, config: Config, learner: "Learner", *, first: bool) -> None:
+    def __init__(self, config: Config, learner: "Learner", ranks: Ranks) -> None:
         self._config = config
         self._learner = learner
-        self._first = first
+        self._ranks = ranks
+        self._first = ranks.rank == 0
         self._sender = BroadcastSender(
             host=config.run.host,
             device=config.run.device,
@@ -210,11 +212,10 @@ class LearnerHandler:
             case Train(trajectories=trajectories):
                 return [self._learner.train(trajectories)]
             case HostTransport(receivers=receivers):
-                return [self._sender.listen(receivers) if self._first else None]
+                return [self._listen(receivers)]
             case SendWeights(version=version):
                 assert version == self._learner.version, f"asked to send version {version}, have {self._learner.version}"
-                dtype = self._config.rollout.dtype
-                return [Done(seconds=self._give(dtype, lambda w: self._sender.send(version, self._learner.manifest(dtype), w)) or {})]
+                return [Done(seconds=self._send(version))]
             case SaveCheckpoint(path=path):
                 self._learner.save(path)
                 return [Done()]
@@ -233,24 +234,54 @@ class LearnerHandler:
                 if self._first and Path(path).exists():  # an earlier process of this run wrote it
                     shutil.rmtree(path)
                 dtype, source = self._config.learner.dtype, self._config.student.path
-                self._give(dtype, lambda weights: write_folder(path, self._learner.manifest(dtype), weights, source=source))
+                manifest, weights = self._learner.manifest(dtype), self._learner.weights(dtype)
+                self._give(weights, self._first, lambda weights: write_folder(path, manifest, weights, source=source))
                 return [Done()]
             case Stop():
                 self._sender.close()
                 return [Done()]
         raise AssertionError(f"a learner is not asked for {message!r:.80}")
 
-    def _give(self, dtype: str, take: Callable[[Iterator[tuple[str, "torch.Tensor"]]], T]) -> T | None:
-        """Lets the first rank take the full tensors that all ranks produce together."""
-        tensors = self._learner.weights(dtype)
+    def _listen(self, receivers: int) -> Address:
+        """Opens a rendezvous on the first rank of each pipeline stage, and returns that of the first stage, which knows the others."""
+        mine = self._sender.listen(receivers) if self._learner.stage is not None else None
+        found = self._ranks.gather(msgspec.msgpack.encode(mine))
+        first, *others = filter(None, (msgspec.msgpack.decode(data, type=Address | None) for data in found))
         if self._first:
+            self._sender.name_others(others)
+        return first
+
+    def _send(self, version: int) -> dict[str, float]:
+        """Every pipeline stage sends its own, all at once; the seconds of the slowest.
+
+        Raises:
+            WeightSyncError: on every rank, if one of them failed.
+        """
+        dtype, manifest = self._config.rollout.dtype, self._learner.stage_manifest(self._config.rollout.dtype)
+        tensors, sends = self._learner.stage_weights(dtype), self._learner.stage is not None
+        seconds, failure = {}, ""
+        try:
+            seconds = self._give(tensors, sends, lambda taken: self._sender.send(version, manifest, taken)) or {}
+        except WeightSyncError as error:
+            failure = str(error)
+        found = [msgspec.msgpack.decode(data) for data in self._ranks.gather(msgspec.msgpack.encode((seconds, failure)))]
+        if failures := [failure for _, failure in found if failure]:
+            self._sender.close()
+            raise WeightSyncError("; ".join(failures))
+        return max((seconds for seconds, _ in found), key=lambda parts: sum(parts.values()))
+
+    def _give(
+        self, tensors: Iterator[tuple[str, "torch.Tensor"]], takes: bool, take: Callable[[Iterator[tuple[str, "torch.Tensor"]]], T]
+    ) -> T | None:
+        """Lets the ranks that shall take the full tensors that all ranks produce together."""
+        if takes:
             try:
                 return take(tensors)
             finally:
                 for _ in tensors:  # the others take part to the end, whatever became of the taker
                     continue
         for name, _ in tensors:
-            raise AssertionError(f"only the first rank receives full tensors, not this one {name}")
+            raise AssertionError(f"this rank only takes part, and received {name}")
         return None
 
 

@@ -7,6 +7,7 @@ this run and in turn, round by round:
 
 - raw: one torch.distributed broadcast (gloo) of the same bytes as one flat tensor; the receiver knows what comes;
 - ours: `BroadcastSender` to `BroadcastReceiver`, gathering, digests on both ends, hand-shakes and acknowledgement included;
+- two stages: ours from two processes at once, as from two pipeline stages, each of which has half of the layers; here they share the cores;
 - per tensor: one broadcast for each tensor;
 - disk: safetensors written by one process and read by the other, without fsync, so from the page cache;
 - delta: ours with `delta`, after each weight has moved by 1e-6, a learning rate's worth of an Adam step, beneath its rounding.
@@ -17,7 +18,8 @@ weights are there, verified and loaded. Keys and values are kept (`rollout.keep_
 the price of another choice, and grows with what is running.
 
 JSON: {"270MB": {"ours_over_raw": ratio of seconds (1.25 is 0.8 of the bandwidth), "per_tensor_over_raw", "disk_over_raw",
-"delta_over_raw", "standstill_over_transfer", "delta_bytes_over_full", "raw_bytes_per_s", "transfer_seconds", "standstill_seconds"}}
+"delta_over_raw", "two_stages_over_raw", "standstill_over_transfer", "delta_bytes_over_full", "raw_bytes_per_s", "transfer_seconds",
+"standstill_seconds"}}
 """
 
 import argparse
@@ -46,6 +48,7 @@ from megatron_opd.runtime.environment import environment
 from megatron_opd.types import JoinTransport, Needs
 from megatron_opd.weights.files import write_folder
 from megatron_opd.weights.mapping import hf_manifest
+from megatron_opd.weights.stages import StagedReceiver
 from megatron_opd.weights.transport import BroadcastReceiver, BroadcastSender
 
 SIZES = {
@@ -53,7 +56,7 @@ SIZES = {
     "270MB": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152, "num_attention_heads": 9},
     "1GB": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 28, "vocab_size": 49152, "num_attention_heads": 16},
 }
-WAYS = ("raw", "ours", "per_tensor", "disk", "delta")
+WAYS = ("raw", "ours", "two_stages", "per_tensor", "disk", "delta")
 DTYPE, BUCKET_BYTES, TIMEOUT_S, MOVE = "bfloat16", 16 << 20, 120.0, 1e-6
 RUNNING, PROMPT_TOKENS, UPDATES = 4, 8, 5
 
@@ -141,6 +144,13 @@ class Source(End):
                 host="127.0.0.1", device="cpu", bucket_bytes=BUCKET_BYTES, timeout_s=TIMEOUT_S, delta=way == "delta"
             )
             pipe.send(self.senders[way].listen(1))
+        self.half = Half(self.manifest, self.tensors, 0)
+        self.beside, theirs = multiprocessing.get_context("spawn").Pipe()
+        self.second = multiprocessing.get_context("spawn").Process(target=second_stage, args=(folder, theirs), daemon=True)
+        self.second.start()
+        first, other = self.half.sender.listen(1), self.beside.recv()
+        self.half.sender.name_others([other])
+        pipe.send(first)
         self.masters = {name: tensor.float() for name, tensor in self.tensors.items()}
         generator = torch.Generator().manual_seed(1)
         for master in self.masters.values():  # somewhere between two bfloat16 numbers, as after some training
@@ -150,6 +160,11 @@ class Source(End):
     def ours(self) -> None:
         """The product."""
         self.senders["ours"].send(self.version, self.manifest, self.tensors.items())
+
+    def two_stages(self) -> None:
+        """The product, from two processes."""
+        self.beside.send(self.version)
+        self.half.send(self.version)
 
     def delta(self) -> None:
         """The product, changes alone."""
@@ -170,6 +185,29 @@ class Source(End):
         self.pipe.send("written")
 
 
+class Half:
+    """What one of two pipeline stages sends."""
+
+    def __init__(self, manifest: tuple, tensors: dict[str, torch.Tensor], stage: int) -> None:
+        middle = len(manifest) // 2
+        self.manifest = manifest[middle:] if stage else manifest[:middle]
+        self.tensors = tensors
+        self.sender = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=BUCKET_BYTES, timeout_s=TIMEOUT_S)
+
+    def send(self, version: int) -> None:
+        """To the one receiver."""
+        self.sender.send(version, self.manifest, ((spec.name, self.tensors[spec.name]) for spec in self.manifest))
+
+
+def second_stage(folder: str, pipe: Connection) -> None:
+    """A process that sends the second half whenever it is told a version."""
+    torch.set_num_threads(1)
+    half = Half(*read_model(folder), 1)
+    pipe.send(half.sender.listen(1))
+    while (version := pipe.recv()) is not None:
+        half.send(version)
+
+
 class Sink(End):
     """Rank 1."""
 
@@ -179,10 +217,15 @@ class Sink(End):
             way: BroadcastReceiver(address=pipe.recv(), rank=1, world_size=2, device="cpu", timeout_s=TIMEOUT_S)
             for way in ("ours", "delta")
         }
+        self.receivers["two_stages"] = StagedReceiver(address=pipe.recv(), rank=1, world_size=2, device="cpu", timeout_s=TIMEOUT_S)
 
     def ours(self) -> None:
         """The product."""
         self.receive("ours")
+
+    def two_stages(self) -> None:
+        """The product, from two processes."""
+        self.receive("two_stages")
 
     def delta(self) -> None:
         """The product, changes alone."""
@@ -231,7 +274,9 @@ def transfers(folder: str, rounds: int) -> dict[str, float]:
             source.version += 1
         patched = source.senders["delta"].sent_bytes / source.size
     ours.send("stop")
+    source.beside.send(None)
     process.join(10)
+    source.second.join(10)
     medians = {way: statistics.median(times[1:]) for way, times in seconds.items()}
     ratios = {f"{way}_over_raw": medians[way] / medians["raw"] for way in WAYS if way != "raw"}
     return ratios | {"delta_bytes_over_full": patched, "raw_bytes_per_s": source.size / medians["raw"]}

@@ -29,7 +29,7 @@ from megatron_opd.learner.checkpoint import TrainingState
 from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.model import parallel
 from megatron_opd.model.build import build, head_weight
-from megatron_opd.model.convert import export_hf, load_head, load_hf
+from megatron_opd.model.convert import export_hf, load_head, load_hf, stage_manifest
 from megatron_opd.model.forward import forward_hidden
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.types import MicroBatch, StepReport, TensorSpec, Trajectory, VocabShard
@@ -164,6 +164,20 @@ class Learner:
     def weights(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors in the order of the manifest, on the first rank; the others take part and yield nothing."""
         return export_hf(self._module, self._hf_config, self._parallel, dtype)
+
+    @property
+    def stage(self) -> int | None:
+        """The pipeline stage whose tensors `stage_weights` yields on this rank; None: it takes part and yields nothing."""
+        here = parallel.place()
+        return here.pipeline if here.tensor == here.data == 0 else None
+
+    def stage_manifest(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """Names and shapes of what `stage_weights` yields on this rank."""
+        return stage_manifest(self._hf_config, self._parallel, dtype, self.stage) if self.stage is not None else ()
+
+    def stage_weights(self, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors of each pipeline stage on the first rank of it, all stages at once; the other ranks take part."""
+        return export_hf(self._module, self._hf_config, self._parallel, dtype, by_stage=True)
 
     def park(self) -> None:
         """Leaves the device's memory to others: gradients are dropped, optimizer state goes to the host. Nothing on CPU."""

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_opd.data.draws import merge
 from megatron_opd.errors import PeerError
 from megatron_opd.types import JoinTransport, Needs, Prompt, Rollout, Segment
-from megatron_opd.weights.transport import BroadcastReceiver
+from megatron_opd.weights.stages import StagedReceiver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class ScriptedRollout:
     def __init__(self, settings: ScriptedSettings) -> None:
         self._settings = settings
         self._version = settings.version
-        self._receiver: BroadcastReceiver | None = None
+        self._receiver: StagedReceiver | None = None
         self._closed = False
         logits_V = np.random.default_rng(settings.seed).normal(size=settings.vocab_size)
         self._logp_V = logits_V - np.log(np.exp(logits_V).sum())
@@ -79,7 +79,7 @@ class ScriptedRollout:
     async def join_transport(self, request: JoinTransport) -> None:
         """Joins as one receiver, in a thread: the loop goes on."""
         self._receiver = await asyncio.to_thread(
-            BroadcastReceiver,
+            StagedReceiver,
             address=request.address,
             rank=request.first_rank,
             world_size=request.world_size,
@@ -115,6 +115,6 @@ class ScriptedRollout:
         return self._logp_V[ids].astype(np.float32)
 
     @staticmethod
-    def _drain(receiver: BroadcastReceiver, version: int) -> None:
+    def _drain(receiver: StagedReceiver, version: int) -> None:
         for _ in receiver.receive(receiver.announced(version)):
             continue

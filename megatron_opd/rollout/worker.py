@@ -21,7 +21,7 @@ from megatron_opd.rollout.shadow import Shadow
 from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.types import Address
 from megatron_opd.weights.mapping import hf_manifest
-from megatron_opd.weights.transport import BroadcastReceiver
+from megatron_opd.weights.stages import StagedReceiver
 
 EXTENSION = "megatron_opd.rollout.worker.WorkerExtension"
 
@@ -29,7 +29,7 @@ EXTENSION = "megatron_opd.rollout.worker.WorkerExtension"
 class Staging:
     """The next weights of one worker."""
 
-    def __init__(self, receiver: BroadcastReceiver, model: torch.nn.Module, config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, receiver: StagedReceiver, model: torch.nn.Module, config: VllmConfig, device: torch.device) -> None:
         self._receiver = receiver
         self._model = model
         self._config = config
@@ -46,7 +46,7 @@ class Staging:
         """Whether all of it is there, verified and loaded.
 
         Raises:
-            WeightSyncError: see `BroadcastReceiver`; the live weights are untouched.
+            WeightSyncError: see `StagedReceiver`; the live weights are untouched.
         """
         assert self._coming is not None, "an update is begun before it is asked for"
         if not self._coming.done():
@@ -99,7 +99,7 @@ class WorkerExtension:
         """
         if self._opd_staging is not None:
             self._opd_staging.close()
-        receiver = BroadcastReceiver(
+        receiver = StagedReceiver(
             address=Address(host=host, port=port),
             rank=first_rank + self.rank,
             world_size=world_size,

@@ -6,7 +6,9 @@ the store, each receiver says that it begins or why not, the buckets follow, the
 written that all digests were right. Both ends hold two buckets: one is filled, sealed or read while the other travels.
 
 With `delta` both ends keep the last update, and only the words that changed travel. The digest is that of the patched bucket;
-a receiver for which it is wrong asks for everything again, and gets it within the same update.
+a receiver for which it is wrong asks for everything again, and all get it within the same update.
+
+Where several senders share a model, each has a store and a group of its own; the first one's store names the others' (`weights.stages`).
 
 Whoever fails closes its end, which wakes the others; whoever vanishes is noticed when `timeout_s` is over at the latest, or as soon
 as somebody who knows says so (`report_loss`).
@@ -22,6 +24,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,6 +38,7 @@ from megatron_opd.weights.buckets import Bucket
 _RECEIVED = "received"
 _LOOK_S = 0.25  # between two looks for a complaint
 _LOST = "lost"  # key of the store: why a receiver will not answer any more
+_BESIDE = "beside"  # key of the store: where the senders of the other stages listen
 _AGAIN = "again: "  # begins the answer of a receiver whose patched bucket is wrong
 
 
@@ -138,7 +142,12 @@ class BroadcastSender:
         self.close()
         self._receivers, self._names, self._updates, self._kept_manifest = receivers, {}, 0, None
         self._store = listening_store(self._host, self._timeout_s)
+        self.name_others([])
         return Address(host=self._host, port=self._store.port)
+
+    def name_others(self, addresses: Sequence[Address]) -> None:
+        """Lets receivers that come here know where the senders of the model's other parts listen."""
+        self._store.set(_BESIDE, json.dumps([asdict(address) for address in addresses]))
 
     def send(self, version: int, manifest: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
         """Streams `tensors`, which must follow `manifest`, and returns when every receiver has verified them.
@@ -161,7 +170,9 @@ class BroadcastSender:
             self.sent_bytes = 0
             seconds = self._stream(update, tensors)
             start = time.perf_counter()
-            if self._await_answers(version):
+            again = self._await_answers(version)
+            self._store.set(f"verdict/{self._updates}", _AGAIN if again else _RECEIVED)
+            if again:
                 self._stream_kept(self._announce(version, update.manifest, patched=False))
                 self._await_answers(version)
             seconds["acknowledge"] = time.perf_counter() - start
@@ -334,6 +345,7 @@ class BroadcastReceiver:
         self._store: dist.TCPStore | None = None
         try:
             self._store, self._own_host = _store_at(address, timeout_s)
+            self.others = _others(self._store)  # where the senders of the model's other parts listen
             self._store.set(f"joined/{rank}", f"rollout worker {rank} (pid {os.getpid()} on {socket.gethostname()})")
         except (OSError, RuntimeError) as error:
             raise WeightSyncError(f"receiver {rank} cannot reach the weight {self._sender}: {_first_line(error)}") from error
@@ -344,23 +356,43 @@ class BroadcastReceiver:
         Raises:
             WeightSyncError: the sender is late or dead, sends another version, or tensors that are not those of the model.
         """
+        update = self.read(version)
+        if wanted is not None and (found := difference(update.manifest, wanted)):
+            self.refuse(version, f"weights version {version} from {self._sender}: {found}")
+        self.begin()
+        return update
+
+    def read(self, version: int) -> Update:
+        """The first half of `announced`: the sender waits for `begin` or `refuse`.
+
+        Raises:
+            WeightSyncError: the sender is late or dead, or sends another version.
+        """
         if self._store is None:
             raise WeightSyncError(f"weights version {version}: receiver {self._rank} was closed by an earlier error; join again")
         number = self._updates + 1
         _await_key(self._store, f"update/{number}", self._timeout_s, f"weights version {version}: {self._sender} announced nothing")
         update = Update.decode(self._store.get(f"update/{number}").decode())
-        complaint = ""
         if update.version != version:
-            complaint = f"expected weights version {version}, {self._sender} sends version {update.version}"
-        elif wanted is not None and (difference := _difference(update.manifest, wanted)):
-            complaint = f"weights version {version} from {self._sender}: {difference}"
-        if complaint:
-            self._answer(complaint, version)
-        self._store.set(f"begun/{number}/{self._rank}", "")
-        if complaint:
-            self.close()
-            raise WeightSyncError(f"receiver {self._rank}: {complaint}")
+            self.refuse(version, f"expected weights version {version}, {self._sender} sends version {update.version}")
         return update
+
+    def begin(self) -> None:
+        """Tells the sender to go on with what it announced."""
+        self._store.set(f"begun/{self._updates + 1}/{self._rank}", "")
+
+    def refuse(self, version: int, complaint: str) -> NoReturn:
+        """Tells the sender what is wrong with what it announced, or with what others did.
+
+        Raises:
+            WeightSyncError: the complaint.
+        """
+        if self._store is not None:
+            with suppress(RuntimeError):  # a sender that is gone need not be told
+                self._answer(complaint, version)
+                self.begin()
+            self.close()
+        raise WeightSyncError(f"receiver {self._rank}: {complaint}")
 
     def receive(self, update: Update) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors of the update that was `announced`. Each is valid until the next one is asked for.
@@ -372,10 +404,9 @@ class BroadcastReceiver:
         """
         done, version = False, update.version
         try:
-            self._join(version)
+            self.join(version)
             broken = yield from self._patched(update) if update.patched else self._whole(update)
-            if broken:
-                self._answer(_AGAIN + broken, version)
+            if update.patched and self._comes_again(broken, version):
                 self._updates += 1
                 yield from self._whole(self.announced(version))
             self._answer(_RECEIVED, version)
@@ -438,8 +469,19 @@ class BroadcastReceiver:
                 yield piece.spec.name, tensor
         return broken
 
-    def _join(self, version: int) -> None:
-        """Forms the group with the sender that has announced its first update, once."""
+    def _comes_again(self, broken: str, version: int) -> bool:
+        """Whether all receivers get everything again, because a patch came out wrong at one of them."""
+        self._answer(_AGAIN + broken if broken else _RECEIVED, version)
+        verdict = f"verdict/{self._updates + 1}"
+        _await_key(self._store, verdict, self._timeout_s, f"weights version {version}: {self._sender} did not end the update")
+        return self._store.get(verdict).decode() == _AGAIN
+
+    def join(self, version: int) -> None:
+        """Forms the group with the sender that has announced its first update, once; `receive` does it otherwise.
+
+        Raises:
+            WeightSyncError: the sender died, or is late.
+        """
         if self._group is not None:
             return
         try:
@@ -479,9 +521,19 @@ class BroadcastReceiver:
 
 
 def report_loss(address: Address, reason: str, *, timeout_s: float = 5.0) -> None:
-    """Tells the sender that listens at `address` that a receiver died: it fails now instead of waiting. No sender there is no error."""
+    """Tells the sender that listens at `address` and those beside it that a receiver died: they fail now instead of waiting.
+
+    No sender there is no error.
+    """
     with suppress(OSError, RuntimeError):
-        _store_at(address, timeout_s)[0].set(_LOST, reason)
+        store = _store_at(address, timeout_s)[0]
+        store.set(_LOST, reason)
+        for other in _others(store):
+            _store_at(other, timeout_s)[0].set(_LOST, reason)
+
+
+def _others(store: dist.Store) -> list[Address]:
+    return [Address(**words) for words in json.loads(store.get(_BESIDE))]
 
 
 def _store_at(address: Address, timeout_s: float) -> tuple[dist.TCPStore, str]:
@@ -512,7 +564,7 @@ def _await_key(store: dist.Store, key: str, timeout_s: float, complaint: str) ->
         raise WeightSyncError(f"{complaint} within {timeout_s:g} s, or its connection broke: {_first_line(error)}") from error
 
 
-def _difference(manifest: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> str:
+def difference(manifest: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> str:
     """The first thing in which an update is not the model, or nothing."""
     got, want = {spec.name: spec.shape for spec in manifest}, {spec.name: spec.shape for spec in wanted}
     for name, shape in got.items():

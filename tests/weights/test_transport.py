@@ -256,6 +256,26 @@ def test_a_damaged_patch_brings_everything_again_by_itself(pool, monkeypatch, nu
     assert_same(third, versions[2])
 
 
+def test_a_patch_that_is_damaged_at_one_of_two_receivers_brings_everything_again_to_both(pool, monkeypatch):
+    real, applied = transport.delta.apply, []
+
+    def faulty(patch, width, old):
+        applied.append(1)
+        real(patch, width, old)
+        if len(applied) == 1:
+            old[0] ^= 0xFF
+
+    monkeypatch.setattr(transport.delta, "apply", faulty)
+    source, versions = sender(delta=True), series()
+    address = source.listen(2)
+    waiting = [pool.submit(receive, receiver(address, rank, 3), 0, 1, 2) for rank in (1, 2)]
+    for version in range(3):
+        source.send(version, MANIFEST, versions[version])
+    for future in waiting:
+        for update, wanted in zip(future.result(TIMEOUT_S), versions):
+            assert_same(update[-len(MANIFEST) :], wanted)
+
+
 def _send_and_die(connection):
     source = sender()
     address = source.listen(1)
