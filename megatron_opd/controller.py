@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from megatron_opd.config import Config
 from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.data.prompts import PromptSource
-from megatron_opd.errors import CheckpointError, GuardError, LearnerLostError, PeerError
+from megatron_opd.errors import CheckpointError, GuardError, LearnerLostError, PeerError, StalenessError
 from megatron_opd.fleet import Fleet, Samplers, Seat
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
@@ -102,7 +102,8 @@ class Controller:
         It ends behind the step that is under way, with a checkpoint.
 
         Raises:
-            ExceptionGroup: of PeerError and the like, the first failure that is not survived; of GuardError, if the run goes wrong.
+            ExceptionGroup: of PeerError and the like, the first failure that is not survived; of GuardError, if the run goes wrong;
+                of StalenessError, if a step saw older tokens than it may.
         """
         if self._recovery.learner_folder is not None:
             await self._roles.learner.call(LoadCheckpoint(path=str(self._recovery.learner_folder), version=self._version), self._timeout_s)
@@ -398,7 +399,12 @@ class Controller:
         self.totals.lags.update(report.lags)
         self.totals.seconds.update(seconds)
         self.totals.seconds.update({f"train.{k}": v for k, v in report.seconds.items()} | {f"publish.{k}": v for k, v in parts.items()})
-        assert max(report.lags, default=0) <= self._config.loop.max_lag, f"lag {max(report.lags)} exceeds loop.max_lag: the store is broken"
+        lag, bound = max(report.lags, default=0), self._config.loop.max_lag
+        if lag > bound:
+            raise StalenessError(
+                f"step {report.version} trained on {report.lags[lag]} tokens sampled {lag} steps before, more than loop.max_lag={bound}; "
+                "this is a fault of the loop: report it, and go on with --resume from the last checkpoint"
+            )
         lengths = [len(trajectory.rollout.response_ids) for trajectory in batch]
         stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch) / len(batch)
         indices = [trajectory.rollout.index for trajectory in batch]

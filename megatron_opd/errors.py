@@ -47,3 +47,7 @@ class WeightSyncError(OPDError):
 
 class GuardError(OPDError):
     """A run goes wrong by its own diagnostics: responses explode, or the student leaves the ids that are scored."""
+
+
+class StalenessError(OPDError):
+    """Tokens were trained on that are older than `loop.max_lag` allows: the store does not keep its bound."""

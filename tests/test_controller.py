@@ -16,7 +16,7 @@ from megatron_opd import config as configs
 from megatron_opd.controller import Controller, Roles
 from megatron_opd.data.faults import Limits
 from megatron_opd.data.prompts import PromptSource, Record
-from megatron_opd.errors import PeerError, WeightSyncError
+from megatron_opd.errors import PeerError, StalenessError, WeightSyncError
 from megatron_opd.fleet import Fleet, Samplers, Seat
 from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery, rewind
@@ -50,9 +50,10 @@ VOCAB, STEPS, BATCH = 11, 12, 4
 
 
 class ScriptedLearner:
-    """Counts what it is given; `fail_at` makes that step fail."""
+    """Counts what it is given; `fail_at` makes that step fail, `lag` is what it reports at step 3 whatever it was given."""
 
-    def __init__(self, fail_at=None):
+    def __init__(self, fail_at=None, lag=None):
+        self.lag = lag
         self.trained, self.version, self.fail_at, self.exported, self.scored = [], 0, fail_at, [], []
         self.unsaved = []  # faults of the next checkpoints
 
@@ -67,6 +68,8 @@ class ScriptedLearner:
                 self.trained.append(trajectory.rollout.index)
                 lags.update(self.version - segment.version for segment in trajectory.rollout.segments)
             self.version += 1
+            if self.version == 3 and self.lag is not None:
+                lags = Counter({0: 5, self.lag: 2})
             report = {
                 "loss": 0.0,
                 "diagnostics": {},
@@ -251,6 +254,18 @@ def test_a_failed_step_ends_the_run_and_names_the_learner(tmp_path):
     error = first_of(caught.value)
     assert isinstance(error, PeerError) and "learner 0" in str(error) and "the script says so" in str(error)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_a_step_on_older_tokens_than_the_bound_ends_the_run_and_one_on_the_bound_does_not(tmp_path, max_lag):
+    for lag in (max_lag, max_lag + 1):
+        (tmp_path / str(lag)).mkdir()
+    assert play(tmp_path / str(max_lag), max_lag, ScriptedLearner(lag=max_lag)).observed_lag_max == max_lag
+    with pytest.raises(ExceptionGroup) as caught:
+        play(tmp_path / str(max_lag + 1), max_lag, ScriptedLearner(lag=max_lag + 1))
+    error = first_of(caught.value)
+    assert isinstance(error, StalenessError)
+    assert f"step 3 trained on 2 tokens sampled {max_lag + 1} steps before, more than loop.max_lag={max_lag}" in str(error)
 
 
 def whole_steps(tmp_path):

@@ -4,12 +4,13 @@ Dimension key: T packed targets, B bins.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from megatron_opd.learner.scores import Moments
-from megatron_opd.types import Estimate, MicroBatch, TokenScores
+from megatron_opd.types import Estimate, MicroBatch, TokenScores, Trajectory
 
 NOISE = "fp8_noise"  # the sum of what FP8 logits add to the KL, and over how many tokens: it is measured on some only
 _RATIO = "ratio_bins"
@@ -39,6 +40,16 @@ def sums(batch: MicroBatch, scores: TokenScores, estimate: Estimate, moments: Mo
         found[_POSITION_KL] = torch.bincount(bins, estimate.diagnostics["kl"][batch.mask], minlength=_POSITION_BINS)
         found[_POSITION_TOKENS] = torch.bincount(bins, minlength=_POSITION_BINS)
     return found | {name: torch.where(batch.mask, value, 0.0).sum()[None] for name, value in per_token.items()}
+
+
+def lags(trajectories: Sequence[Trajectory], version: int) -> dict[int, int]:
+    """Lag in optimizer steps -> response tokens, of trajectories that weights of `version` are trained on."""
+    found: Counter[int] = Counter()
+    for rollout in (one.rollout for one in trajectories):
+        ends = [segment.first_token for segment in rollout.segments[1:]] + [len(rollout.response_ids)]
+        for segment, end in zip(rollout.segments, ends, strict=True):
+            found[version - segment.version] += end - segment.first_token
+    return dict(found)
 
 
 def add(total: Sums, part: Mapping[str, list[float]]) -> None:

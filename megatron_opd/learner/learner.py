@@ -7,7 +7,6 @@ one global count of response tokens. Logits never exist: hidden states leave the
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,7 +118,7 @@ class Learner:
         means, kl_by_position = diagnostics.report(self._over_all_ranks(sums), tokens)
         self._warn_of_noise(means)
         stepped, grad_norm = self._step() if math.isfinite(means["loss"]) else (False, math.nan)
-        lags = self._lags(trajectories)
+        lags = diagnostics.lags(trajectories, self.version)
         self.version += 1
         return StepReport(
             version=self.version,
@@ -130,7 +129,7 @@ class Learner:
             learning_rate=self._optimizer.param_groups[0]["lr"],
             sequences=len(trajectories),
             tokens=tokens,
-            lags=dict(lags),
+            lags=lags,
             seconds={"pack": packed - started, "forward_backward": computed - packed, "optimizer": time.monotonic() - computed},
             skipped=not stepped,
         )
@@ -279,14 +278,6 @@ class Learner:
     def _teacher_head(self, student: StudentModel, shard: VocabShard) -> torch.Tensor:
         assert student.teacher is not None, "the estimator compares whole distributions, so the learner needs the teacher's LM head"
         return load_head(student.teacher.path, student.teacher.hf_config, shard, student.teacher.dtype).to(self._device)
-
-    def _lags(self, trajectories: Sequence[Trajectory]) -> Counter[int]:
-        lags: Counter[int] = Counter()
-        for t in trajectories:
-            ends = [segment.first_token for segment in t.rollout.segments[1:]] + [len(t.rollout.response_ids)]
-            for segment, end in zip(t.rollout.segments, ends, strict=True):
-                lags[self.version - segment.version] += end - segment.first_token
-        return lags
 
 
 def _kernels(settings: LearnerConfig, device: str) -> Settings:

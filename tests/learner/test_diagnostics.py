@@ -10,6 +10,7 @@ from megatron_opd.data.packing import pack
 from megatron_opd.estimators import build
 from megatron_opd.learner import diagnostics
 from megatron_opd.learner.scores import Moments
+from megatron_opd.types import Segment
 from tests.estimators.cases import dense_scores
 from tests.learner.cases import trajectories
 
@@ -64,3 +65,15 @@ def test_at_lag_zero_every_ratio_is_one():
     means, _ = diagnostics.report({name: values.tolist() for name, values in found.items()}, int(batch.mask.sum()))
     assert means["ratio"] == means["effective_samples"] == 1.0 and means["mismatch"] == 0.0
     assert means["ratio_p01"] == pytest.approx(1, abs=0.03) == means["ratio_p99"]
+
+
+def test_each_token_has_the_lag_of_the_version_that_sampled_it():
+    def sampled(length, *segments):
+        (one,) = trajectories(ESTIMATOR.needs, vocab=V, lengths=((2, length),))
+        parts = tuple(Segment(first_token=first, version=version) for first, version in segments)
+        return replace(one, rollout=replace(one.rollout, segments=parts))
+
+    assert diagnostics.lags([sampled(5, (0, 4), (3, 6))], 6) == {2: 3, 0: 2}
+    assert diagnostics.lags([sampled(3, (0, 4), (2, 5))], 7) == {3: 2, 2: 1}
+    several = [sampled(5, (0, 4), (3, 6)), sampled(4, (0, 4), (3, 6)), sampled(7, (0, 3), (1, 4), (3, 6)), sampled(2, (0, 6))]
+    assert diagnostics.lags(several, 6) == {3: 1, 2: 3 + 3 + 2, 0: 2 + 1 + 4 + 2}
