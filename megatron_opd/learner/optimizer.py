@@ -38,7 +38,12 @@ def build(
         ),
         [model],
     )
-    schedule = OptimizerParamScheduler(
+    return optimizer, schedule(settings, optimizer, steps=steps)
+
+
+def schedule(settings: config.OptimizerConfig, optimizer: ChainedOptimizer, *, steps: int) -> OptimizerParamScheduler:
+    """The learning rate of step n of `steps`: lr n / warmup_steps, then from lr to lr min_lr_ratio along the decay; set before the step."""
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
@@ -51,7 +56,6 @@ def build(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return optimizer, schedule
 
 
 def step(optimizer: ChainedOptimizer) -> tuple[bool, float]:

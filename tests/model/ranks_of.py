@@ -128,6 +128,7 @@ def _everything(folders: dict[str, str], *, recompute: bool = False, **sizes) ->
             "half": loaded.export("bfloat16"),
             "part": loaded.part(),
             "logits": loaded.logits(tiny.BATCHES),
-            "gradients": loaded.gradients(tiny.BATCHES),
         }
+        calls = tiny.count_layers(loaded.model.module)
+        results[name] |= {"gradients": loaded.gradients(tiny.BATCHES), "layers_run": len(calls)}
     return results

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from tests.model.tiny import BATCHES, SIZES
+
 pytestmark = pytest.mark.engines
 
 
@@ -15,9 +17,11 @@ def test_gradients_are_those_of_transformers_in_every_layout(ranks, transformers
 
 
 @pytest.mark.parametrize("ranks", [1], indirect=True)
-def test_recompute_changes_no_bit(ranks):
+def test_recompute_runs_every_layer_twice_and_changes_no_bit(ranks):
     plain, recomputed = ranks[0]
     for name in plain:
+        layers = SIZES["num_hidden_layers"] * len(BATCHES)
+        assert (plain[name]["layers_run"], recomputed[name]["layers_run"]) == (layers, 2 * layers), name
         assert torch.equal(plain[name]["logits"], recomputed[name]["logits"])
         for parameter, gradient in plain[name]["gradients"].items():
             assert torch.equal(gradient, recomputed[name]["gradients"][parameter]), parameter

@@ -69,6 +69,14 @@ def read_model(folder: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
 
 
+def count_layers(model: torch.nn.Module) -> list[int]:
+    """A list that grows by the number of a layer of Megatron's model whenever that layer runs, in a backward pass too."""
+    calls: list[int] = []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: calls.append(layer.layer_number))
+    return calls
+
+
 def pack(sequences: Sequence[torch.Tensor]) -> MicroBatch:
     """The sequences end to end; each token's target is the one before it."""
     token_ids, lengths = torch.cat(tuple(sequences)), [len(ids) for ids in sequences]
