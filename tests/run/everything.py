@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 
+import torch
+
 from megatron_opd.types import Estimate, Needs
 from tests.estimators.cases import variant
 
@@ -11,6 +13,7 @@ FROM_HEAD = (
     "truncated", "decoupled", "m2po", "sequence", "frozen",
 )  # fmt: skip
 FROM_DRAWS = ("draws", "frozen draws ppo", "draws m2po", "dense_kl jsd", "forward_kl_topk")
+TOLERANCE = 1e-3  # nats
 
 
 def union(one: Needs, other: Needs) -> Needs:
@@ -19,7 +22,7 @@ def union(one: Needs, other: Needs) -> Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Everything:
-    """The sum of the losses of a group of variants; each one's own loss is a diagnostic."""
+    """The sum of the losses of a group of variants; diagnostics are each one's own loss, and what is `apart`."""
 
     group: str = "head"
 
@@ -33,4 +36,17 @@ class Everything:
 
     def __call__(self, scores):
         losses = {name: part(scores).loss for name, part in self.parts.items()}
-        return Estimate(loss=sum(losses.values()), diagnostics={name: loss.detach() for name, loss in losses.items()})
+        diagnostics = {name: loss.detach() for name, loss in losses.items()}
+        return Estimate(loss=sum(losses.values()), diagnostics={**diagnostics, **apart(scores)})
+
+
+def apart(scores):
+    """By whom p is compared with, [T] 1 where it differs by more than `TOLERANCE` at any id: a mean of 0 bounds the largest error."""
+    found = {"behaviour": torch.zeros_like(scores.mask), "teacher": torch.zeros_like(scores.mask)}
+    for ids in filter(None, (scores.token, scores.head, scores.draws, scores.top)):
+        for whom, differs in found.items():
+            logp = getattr(ids, f"{whom}_logp")
+            if logp is not None:
+                wrong = ~((ids.student_logp.detach() - logp).abs() <= TOLERANCE)
+                differs |= (wrong if ids.counts is None else wrong & (ids.counts > 0)).any(1)
+    return {f"apart_from_{whom}": differs.float() for whom, differs in found.items()}

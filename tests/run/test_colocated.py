@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.run import tiny_run
-from tests.run.everything import Everything
+from tests.run.everything import TOLERANCE, Everything
 
 pytestmark = pytest.mark.engines
 
@@ -26,6 +26,7 @@ def test_a_student_that_is_its_own_teacher_has_no_gradient_and_the_engine_has_th
         assert abs(same[0]["diagnostics"][part]) <= 2e-5 < 1e-2 < abs(other[0]["diagnostics"][part]), part
     for step in other:
         assert step["lags"] == {"0": step["tokens"]}
+        assert step["diagnostics"]["apart_from_behaviour"] == 0, f"step {step['version']}: vLLM is off by more than {TOLERANCE}"
         assert step["diagnostics"]["mismatch"] < 1e-4, f"step {step['version']}: vLLM and learner disagree about the same tokens"
     assert not list((tmp_path / "other" / "logs").glob("rollout*"))
 

@@ -8,7 +8,7 @@ import torch
 from megatron_opd import config as configs
 from tests.model.tiny import read_model
 from tests.run import tiny_run
-from tests.run.everything import Everything
+from tests.run.everything import TOLERANCE, Everything
 
 pytestmark = pytest.mark.engines
 
@@ -39,8 +39,10 @@ def test_a_student_that_is_its_own_teacher_has_no_gradient_and_engines_agree_aft
         assert abs(same[0]["diagnostics"][name]) <= 2e-5 < 1e-2 < abs(other[0]["diagnostics"][name]), name
     seen = same[0]["diagnostics"]
     assert seen["agreement"] == 1.0 and seen["student_entropy"] == pytest.approx(seen["teacher_entropy"], rel=1e-5)
+    assert same[0]["diagnostics"]["apart_from_teacher"] == 0 and other[0]["diagnostics"]["apart_from_teacher"] > 0.9
     for step in other:
         assert step["lags"] == {"0": step["tokens"]}
+        assert step["diagnostics"]["apart_from_behaviour"] == 0, f"step {step['version']}: vLLM is off by more than {TOLERANCE}"
         assert step["diagnostics"]["mismatch"] < 1e-4, f"step {step['version']}: vLLM and learner disagree about the same tokens"
 
 
