@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.model.conftest import MODELS
 from tests.model.tiny import BATCHES, SIZES
 
 pytestmark = pytest.mark.engines
@@ -20,7 +21,7 @@ def test_gradients_are_those_of_transformers_in_every_layout(ranks, transformers
 def test_recompute_runs_every_layer_twice_and_changes_no_bit(ranks):
     plain, recomputed = ranks[0]
     for name in plain:
-        layers = SIZES["num_hidden_layers"] * len(BATCHES)
+        layers = (SIZES | MODELS[name])["num_hidden_layers"] * len(BATCHES)
         assert (plain[name]["layers_run"], recomputed[name]["layers_run"]) == (layers, 2 * layers), name
         assert torch.equal(plain[name]["logits"], recomputed[name]["logits"])
         for parameter, gradient in plain[name]["gradients"].items():
