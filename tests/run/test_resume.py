@@ -78,8 +78,8 @@ def test_a_killed_and_resumed_run_is_the_undisturbed_one_bit_for_bit(tiny, whole
     assert curve(steps) == curve(whole)
     ours, theirs = (load_file(tiny.folder / name / "hf" / "model.safetensors") for name in ("again", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    state = json.loads((tiny.folder / "again" / "checkpoints" / "step-00000006" / "run.json").read_text())
-    assert state["prompts"] == 6 * BATCH
+    state = json.loads((tiny.folder / "again" / "checkpoints" / f"step-{STEPS:08}" / "run.json").read_text())
+    assert state["prompts"] == STEPS * BATCH
     summary = json.loads((tiny.folder / "again" / "summary.json").read_text())
     assert summary["tokens"] == sum(step["tokens"] for step in whole)
 
