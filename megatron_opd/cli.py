@@ -61,16 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run all roles on this machine, then evaluate")
-    train.add_argument("config", type=Path, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
+    _add_config(train)
     train.add_argument("--resume", action="store_true", help="go on with the run in run.dir where it stopped, or start it if there is none")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and the roles, start nothing")
     train.set_defaults(run=_train)
 
     launch = commands.add_parser("launch", help="run all roles on a cluster")
     slurm = launch.add_subparsers(required=True, metavar="WHERE").add_parser("slurm", help="as one SLURM job")
-    slurm.add_argument("config", type=Path, help="YAML file")
-    slurm.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
+    _add_config(slurm)
     slurm.add_argument("--resume", action="store_true", help="go on with the run in run.dir where it stopped, or start it if there is none")
     slurm.add_argument("--dry-run", action="store_true", help="check everything, print config, roles and the job's script; submit nothing")
     slurm.add_argument(
@@ -81,8 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.set_defaults(run=_launch_slurm)
 
     plan = commands.add_parser("plan", help="does it fit, how fast will it be? No GPU is needed to know")
-    plan.add_argument("config", type=Path, help="YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
+    _add_config(plan)
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     plan.set_defaults(run=_plan)
 
@@ -100,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     role.add_argument("--host", help="address of this machine that it binds to (default: run.host)")
     role.set_defaults(run=_role)
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, as loop.max_lag=2")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

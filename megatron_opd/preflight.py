@@ -78,9 +78,8 @@ def with_estimator_settings(config: Config) -> Config:
     """The same config, with the settings that the estimator has by default written out.
 
     Raises:
-        ConfigError: see `build_estimator`.
+        ConfigError: an unknown estimator or setting. What `build_estimator` checks beyond that is not checked here.
     """
-    build_estimator(config)
     chosen = config.estimator
     settings = asdict(estimators.build(chosen.name, chosen.settings))
     plus_settings = asdict(estimators.build(chosen.plus, chosen.plus_settings)) if chosen.plus else {}
