@@ -78,6 +78,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: int = 256
+    piece_tokens: int = 0  # a response is journaled every so many tokens, and goes on from there if interrupted; 0: starts again
     max_running: int = 64  # requests that one replica decodes at a time
     kv_cache_bytes: int = 256 << 20  # per replica and worker
     keep_kv: bool = False  # True: running requests keep the KV cache of old weights; False: they are re-prefilled
@@ -97,6 +98,7 @@ class RolloutConfig:
             "timeout_s",
         )
         _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
+        _require(self.piece_tokens >= 0, f"rollout.piece_tokens={self.piece_tokens} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,6 +440,10 @@ class Config:
             not self.run.colocated or (self.rollout.replicas == 1 and width == ranks),
             f"run.colocated=true wants one rollout engine over all {ranks} learner ranks, got rollout.replicas={self.rollout.replicas} and "
             f"rollout.tensor_parallel={width}; set rollout.replicas=1 and rollout.tensor_parallel={ranks}",
+        )
+        _require(
+            not self.run.colocated or not self.rollout.piece_tokens,
+            f"run.colocated=true samples whole responses; set rollout.piece_tokens=0, not {self.rollout.piece_tokens}",
         )
         _require(
             not self.run.colocated or not self.rollout.cores, "run.colocated=true gives rollouts the learner's cores; set rollout.cores=[]"

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_opd.config import Config
@@ -24,6 +24,7 @@ from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery
 from megatron_opd.runtime.rpc import Hub, Peer
 from megatron_opd.store.fifo import TrajectoryStore
+from megatron_opd.store.pieces import joined
 from megatron_opd.types import (
     Export,
     FinishCheckpoint,
@@ -168,14 +169,23 @@ class Controller:
 
     async def _generate(self, prompt: Prompt) -> Rollout:
         if self._roles.rollouts is not None:
-            rollout = await self._roles.rollouts.ask(Generate(prompt=prompt), self._config.rollout.timeout_s)
-            await self._recovery.keep(rollout)
-            return rollout
+            return await self._sample(self._roles.rollouts, prompt)
         assert prompt.completion_ids is not None, "prompts were loaded with completions, since no rollout role was placed"
         start = Segment(first_token=0, version=prompt.index // self._config.loop.batch)
         return Rollout(
             index=prompt.index, prompt_ids=prompt.token_ids, response_ids=prompt.completion_ids, segments=(start,), finish_reason="stop"
         )
+
+    async def _sample(self, rollouts: Samplers, prompt: Prompt) -> Rollout:
+        """A whole response, piece by piece where `rollout.piece_tokens` says so, behind what an interrupted run has left of it."""
+        response = self._recovery.paid.begun.pop(prompt.index, None)
+        while response is None or response.finish_reason == "unfinished":
+            begun_ids = response.response_ids if response is not None else None
+            piece = await rollouts.ask(Generate(prompt=replace(prompt, begun_ids=begun_ids)), self._config.rollout.timeout_s)
+            await self._recovery.keep(piece)
+            response = joined(response, piece)
+            assert response is not None, f"prompt {prompt.index}: a piece at {piece.segments} was not asked for"
+        return response
 
     async def _score(self, teachers: Fleet, rollout: Rollout) -> TeacherScores:
         scores = await teachers.ask(Score(rollouts=(rollout,)), self._timeout_s)

@@ -58,6 +58,7 @@ class Prompt:
     index: int  # 0, 1, 2, ... over all epochs: also the order of training
     token_ids: np.ndarray  # [P] int32
     completion_ids: np.ndarray | None = None  # [R] int32, with the end-of-sequence id; for supervised training only
+    begun_ids: np.ndarray | None = None  # [R] int32, tokens of its response that are there already: it is to go on behind them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """A finished response and what the sampler knew while it was drawn."""
+    """A response and what the sampler knew while it was drawn. A piece of one has the tokens behind `Prompt.begun_ids` only."""
 
     index: int
     prompt_ids: np.ndarray  # [P] int32
@@ -82,8 +83,8 @@ class Rollout:
     draw_counts: np.ndarray | None = None  # [M] int32, how often each was drawn: m in sum for every position
     draw_sizes: np.ndarray | None = None  # [R] int32, distinct draws of each position: M in sum
     draw_logp: np.ndarray | None = None  # [M] float32, log b over the *whole* vocabulary
-    segments: tuple[Segment, ...]  # at least one; the first starts at token 0
-    finish_reason: str  # "stop" | "length"
+    segments: tuple[Segment, ...]  # at least one; the first starts at token 0, that of a piece where the piece does
+    finish_reason: str  # "stop" | "length" | "unfinished": it has reached rollout.piece_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,6 +181,7 @@ def play(
                 if learner is not None:
                     return start("learner", 0, learner.answer)
                 script = ScriptedSettings(needs=NEEDS, vocab_size=VOCAB, max_response_tokens=64, end_id=0, token_s=0.001, length=length)
+                script = replace(script, piece_tokens=config.rollout.piece_tokens)
                 return start("rollout", replica, rollout_answer(ScriptedRollout(script), change))
 
             tasks = {
@@ -289,6 +290,52 @@ def test_a_run_that_died_goes_on_with_every_prompt_once_and_pays_for_nothing_twi
     assert set(paid.scores) >= set(range(saved * BATCH, (fail_at - 1) * BATCH)), "what was trained on had been put down"
     assert sorted({*paid.scores, *second.scored}) == list(range(saved * BATCH, STEPS * BATCH))
     assert summary.observed_lag_max <= max_lag and summary.tokens == STEPS and len(whole_steps(tmp_path)) == STEPS
+
+
+def test_responses_that_were_under_way_go_on_where_their_last_piece_ended(tmp_path):
+    first, second, pieces = ScriptedLearner(fail_at=3), ScriptedLearner(), []
+
+    def note(piece):
+        pieces.append((piece.index, piece.segments[0].first_token))
+        return piece
+
+    def length(index):
+        """The third step, which fails, is there when the fourth is half done."""
+        return 1 if index < 2 * BATCH else 24 if index < 3 * BATCH else 60
+
+    sections = {"rollout": {"piece_tokens": 8, "timeout_s": 60}}
+    with pytest.raises(ExceptionGroup):
+        play(tmp_path, 3, first, length, sections=sections, change=note)
+    begun = {index: len(response.response_ids) for index, response in Journal(tmp_path / "journal", batch=BATCH).recover(0).begun.items()}
+    assert begun, "nothing was under way: the case shows nothing"
+    assert set(begun.values()) <= set(range(8, 64, 8))
+    pieces.clear()
+    play(tmp_path, 3, second, length, sections=sections, change=note)
+    assert second.trained == list(range(STEPS * BATCH))
+    for index, tokens in begun.items():
+        assert min(start for number, start in pieces if number == index) == tokens
+    assert len(pieces) == len(set(pieces)), "no piece was sampled twice"
+
+
+def test_a_lost_rollouts_response_goes_on_elsewhere_behind_its_last_piece(tmp_path):
+    """All responses are long and one replica is lost amid them: whatever it had handed over is not sampled again."""
+
+    async def lose_one(start, tasks, stop):
+        while len(pieces) < 20:
+            await asyncio.sleep(0.001)
+        tasks[0].cancel()
+
+    pieces, learner = [], ScriptedLearner()
+
+    def note(piece):
+        pieces.append((piece.index, piece.segments[0].first_token))
+        return piece
+
+    sections = {"rollout": {"piece_tokens": 5, "timeout_s": 60}}
+    play(tmp_path, 1, learner, length=lambda index: 40, incident=lose_one, sections=sections, change=note, steps=4)
+    assert learner.trained == list(range(4 * BATCH))
+    assert {start for _, start in pieces} == set(range(0, 40, 5))
+    assert len(pieces) - len(set(pieces)) <= 2 * BATCH, "at most the pieces that were under way"
 
 
 def test_a_request_to_stop_leaves_a_checkpoint_of_the_step_under_way(tmp_path):

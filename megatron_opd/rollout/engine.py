@@ -98,7 +98,7 @@ class VLLMRollout:
         return cls(settings, engine, pids[0])
 
     async def generate(self, prompt: Prompt) -> Rollout:
-        """Samples one response.
+        """Samples one response, or its next piece.
 
         Waits for the engine as long as it answers at all: every `timeout_s` it is asked whether it still turns.
 
@@ -166,9 +166,9 @@ class VLLMRollout:
 
     async def _generate(self, prompt: Prompt) -> Rollout:
         key = f"{prompt.index}-{next(self._numbers)}"
-        params = sampling_params(self._settings, key, prompt.index)
+        params = sampling_params(self._settings, key, prompt)
         try:
-            outputs = [o async for o in self._engine.generate(TokensPrompt(prompt_token_ids=prompt.token_ids.tolist()), params, key)]
+            outputs = [o async for o in self._engine.generate(tokens_of(prompt), params, key)]
         except Exception as failure:  # vLLM wraps whatever happened in the engine into its own unrelated types
             raise PeerError(f"{self._name} failed on prompt {prompt.index}: {failure}") from failure
         completion = outputs[-1].outputs[0]
@@ -218,15 +218,26 @@ def _stop_token_ids(path: str) -> list[int]:
     return list(end_ids(path))
 
 
-def sampling_params(settings: EngineSettings, key: str, index: int) -> SamplingParams:
-    """How the request of prompt `index` is sampled; `key` names what is recorded beside it."""
-    rollout, needs = settings.rollout, settings.needs
-    (seed,) = np.random.SeedSequence((settings.seed, index)).generate_state(1)
+def tokens_of(prompt: Prompt) -> TokensPrompt:
+    """What the model reads before it goes on."""
+    begun = [] if prompt.begun_ids is None else prompt.begun_ids.tolist()
+    return TokensPrompt(prompt_token_ids=prompt.token_ids.tolist() + begun)
+
+
+def _begun(prompt: Prompt) -> int:
+    return 0 if prompt.begun_ids is None else len(prompt.begun_ids)
+
+
+def sampling_params(settings: EngineSettings, key: str, prompt: Prompt) -> SamplingParams:
+    """How the request of a prompt is sampled; `key` names what is recorded beside it."""
+    rollout, needs, begun = settings.rollout, settings.needs, _begun(prompt)
+    (seed,) = np.random.SeedSequence((settings.seed, prompt.index, *([begun] if begun else []))).generate_state(1)
+    left = rollout.max_response_tokens - begun
     return SamplingParams(
         seed=int(seed),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        max_tokens=rollout.max_response_tokens,
+        max_tokens=min(left, rollout.piece_tokens or left),
         stop_token_ids=_stop_token_ids(settings.path),
         logprobs=0 if needs.behaviour_logp or needs.draws else None,
         flat_logprobs=True,
@@ -240,7 +251,8 @@ def rollout_of(
     settings: EngineSettings, prompt: Prompt, completion: CompletionOutput, recorded: tuple[np.ndarray, np.ndarray] | None
 ) -> Rollout:
     """A finished request as the rest of the house knows it; `recorded` are ids and log-probs [R, head + draws]."""
-    head, needs = settings.needs.head, settings.needs
+    head, needs, begun = settings.needs.head, settings.needs, _begun(prompt)
+    is_cut = completion.finish_reason == "length" and begun + len(completion.token_ids) < settings.rollout.max_response_tokens
     ids, logp = recorded if recorded is not None else (None, None)
     drawn = merge(ids[:, head:], logp[:, head:]) if needs.draws else (None, None, None, None)
     return Rollout(
@@ -254,8 +266,8 @@ def rollout_of(
         draw_counts=drawn[1],
         draw_sizes=drawn[2],
         draw_logp=drawn[3],
-        segments=tuple(Segment(first_token=s.start, version=int(s.version)) for s in completion.weight_versions if s.end > s.start),
-        finish_reason=completion.finish_reason,
+        segments=tuple(Segment(first_token=begun + s.start, version=int(s.version)) for s in completion.weight_versions if s.end > s.start),
+        finish_reason="unfinished" if is_cut else completion.finish_reason,
     )
 
 

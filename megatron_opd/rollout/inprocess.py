@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from vllm import LLM, TokensPrompt
+from vllm import LLM
 
 from megatron_opd.errors import PeerError
 from megatron_opd.rollout import draws
-from megatron_opd.rollout.engine import EngineSettings, engine_arguments, rollout_of, sampling_params
+from megatron_opd.rollout.engine import EngineSettings, engine_arguments, rollout_of, sampling_params, tokens_of
 from megatron_opd.runtime.environment import check_packages
 from megatron_opd.types import Prompt, Rollout
 
@@ -42,8 +42,7 @@ class InProcessRollout:
         self._wake()
         asked = {f"{self.version}-{prompt.index}": prompt for prompt in prompts}
         for key, prompt in asked.items():
-            tokens = TokensPrompt(prompt_token_ids=prompt.token_ids.tolist())
-            self._engine.add_request(key, tokens, sampling_params(self._settings, key, prompt.index))
+            self._engine.add_request(key, tokens_of(prompt), sampling_params(self._settings, key, prompt))
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if not output.finished:

@@ -26,6 +26,7 @@ class ScriptedSettings:
     token_s: float = 0.0  # seconds per token
     timeout_s: float = 120.0  # of a weight update
     length: Callable[[int], int] | None = None  # prompt index -> response tokens, to script stragglers; None: drawn from the seed
+    piece_tokens: int = 0  # as `rollout.piece_tokens`
 
 
 class ScriptedRollout:
@@ -54,13 +55,17 @@ class ScriptedRollout:
         stopped = wanted < longest
         if stopped:
             ids[-1] = settings.end_id
-        segments = await self._emit(length, prompt.index)
+        begun = 0 if prompt.begun_ids is None else len(prompt.begun_ids)
+        assert begun == 0 or (ids[:begun] == prompt.begun_ids).all(), "what was begun is not this prompt's"
+        end = min(length, begun + (settings.piece_tokens or length))
+        segments = await self._emit(range(begun, end), prompt.index)
         head_V = np.argsort(-self._logp_V, kind="stable").astype(np.int32)
         head, draws = settings.needs.head, settings.needs.draws
         head_ids = np.tile(head_V[:head], (length, 1))
         tail = np.exp(self._logp_V[head_V[head:]])
-        draw_ids = random.choice(head_V[head:], size=(length, draws), p=tail / tail.sum())
+        draw_ids = random.choice(head_V[head:], size=(length, draws), p=tail / tail.sum())[begun:end]
         drawn = merge(draw_ids, self._logp(draw_ids)) if draws else (None, None, None, None)
+        ids, head_ids = ids[begun:end], head_ids[begun:end]
         return Rollout(
             index=prompt.index,
             prompt_ids=prompt.token_ids,
@@ -73,7 +78,7 @@ class ScriptedRollout:
             draw_sizes=drawn[2],
             draw_logp=drawn[3],
             segments=segments,
-            finish_reason="stop" if stopped else "length",
+            finish_reason="unfinished" if end < length else "stop" if stopped else "length",
         )
 
     async def join_transport(self, request: JoinTransport) -> None:
@@ -101,9 +106,9 @@ class ScriptedRollout:
         if self._receiver is not None:
             self._receiver.close()
 
-    async def _emit(self, length: int, index: int) -> tuple[Segment, ...]:
+    async def _emit(self, tokens: range, index: int) -> tuple[Segment, ...]:
         segments: list[Segment] = []
-        for token in range(length):
+        for token in tokens:
             if self._closed:
                 raise PeerError(f"scripted rollout was closed before it finished prompt {index}")
             if not segments or segments[-1].version != self._version:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from megatron_opd.errors import WireError
 from megatron_opd.runtime import wire
 from megatron_opd.runtime.append import append
+from megatron_opd.store.pieces import joined
 from megatron_opd.types import Rollout, SetAside, TeacherScores
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Paid:
     """What a journal still knows, by prompt index."""
 
     rollouts: dict[int, Rollout] = field(default_factory=dict)
+    begun: dict[int, Rollout] = field(default_factory=dict)  # unfinished
     scores: dict[int, TeacherScores] = field(default_factory=dict)
     set_aside: dict[int, SetAside] = field(default_factory=dict)
 
@@ -92,9 +94,8 @@ class Journal:
         paid = Paid()
         for file in files:
             for record in self._whole(file):
-                kept = {Rollout: paid.rollouts, TeacherScores: paid.scores, SetAside: paid.set_aside}.get(type(record))
-                if kept is not None and record.index // self._batch + 1 == _step(file):
-                    kept[record.index] = record
+                if isinstance(record, Rollout | TeacherScores | SetAside) and record.index // self._batch + 1 == _step(file):
+                    _put(paid, record)
         return paid
 
     def _whole(self, file: Path) -> Iterator[Any]:
@@ -105,6 +106,18 @@ class Journal:
         if end < len(data):
             _LOG.warning("%s: its last %d bytes are torn or damaged and are left out", file, len(data) - end)
             os.truncate(file, end)
+
+
+def _put(paid: Paid, record: Rollout | TeacherScores | SetAside) -> None:
+    match record:
+        case TeacherScores():
+            paid.scores[record.index] = record
+        case SetAside():
+            paid.set_aside[record.index] = record
+        case Rollout():
+            response = joined(paid.begun.pop(record.index, None), record)
+            if response is not None:  # else its beginning stood in what was damaged
+                (paid.begun if response.finish_reason == "unfinished" else paid.rollouts)[record.index] = response
 
 
 def frame(record: object) -> bytes:

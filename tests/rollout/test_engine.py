@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,16 @@ def test_draws_follow_the_tail_of_b(lab, models):
     error = np.abs(count[likely] - len(drawn) * tail[likely]) / np.sqrt(len(drawn) * tail[likely])
     assert error.max() < 4.5, "within sampling noise at the ten likeliest ids"
     assert (count[tail == 0] == 0).all()
+
+
+def test_a_response_goes_on_behind_what_is_there_and_its_pieces_equal_the_forward_pass(lab, models):
+    (whole,) = lab.rollouts(prompts(1, first=40))
+    assert len(whole.response_ids) > 12
+    (piece,) = lab.rollouts([replace(prompts(1, first=40)[0], begun_ids=whole.response_ids[:12])])
+    assert piece.segments == (Segment(first_token=12, version=0),)
+    assert len(piece.response_ids) <= 108 and piece.finish_reason in ("stop", "length")
+    logp = forward_logp(models["old"], whole.prompt_ids, np.concatenate((whole.response_ids[:12], piece.response_ids)), 0.7)
+    assert_equals_reference(piece, logp[12:], 1e-4)
 
 
 def test_an_update_in_mid_response_preempts_and_every_row_belongs_to_its_version(lab, models):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engines
 STEPS, BATCH = 8, 4
 # One response at a time, scored alone: then what runs beside a prompt, and how far it had come, leaves no trace in any bit.
 SECTIONS = {
-    "rollout": {"max_running": 1},
+    "rollout": {"max_running": 1, "piece_tokens": 7},
     "teacher": {"batch_tokens": 1},
     "estimator": {"name": "head_tail_reverse_kl", "settings": {"head": 4, "draws": 4}},
     "loop": {"steps": STEPS, "batch": BATCH, "max_lag": 0},

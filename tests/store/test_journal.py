@@ -1,16 +1,19 @@
 """What a journal gives back after a crash: all that was whole, nothing that was not, whatever bytes it finds."""
 
+import asyncio
 import errno
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_opd.rollout.scripted import ScriptedRollout, ScriptedSettings
 from megatron_opd.store import journal as journals
 from megatron_opd.store.journal import Journal
-from megatron_opd.types import Needs, SetAside, Stop
+from megatron_opd.types import Needs, Prompt, SetAside, Stop
 from tests.learner.cases import trajectories
 from tests.runtime.test_wire import same
 
@@ -85,6 +88,25 @@ def test_a_record_of_another_step_or_kind_is_left_out(tmp_path):
     file.write_bytes(journals.frame(CASES[0].rollout) + journals.frame(Stop()) + file.read_bytes())
     paid = Journal(tmp_path / "j", batch=BATCH).recover(0)
     assert sorted(paid.rollouts) == list(range(8))
+
+
+def test_pieces_of_a_response_come_back_as_one(tmp_path):
+    piece = ScriptedSettings(needs=NEEDS, vocab_size=31, max_response_tokens=9, end_id=0, length=lambda index: 8, piece_tokens=3)
+    journal, backend = Journal(tmp_path / "j", batch=BATCH), ScriptedRollout(piece)
+    prompts = [Prompt(index=index, token_ids=np.array([1, 2], dtype=np.int32)) for index in range(3)]
+    for _ in range(2):
+        for i, prompt in enumerate(prompts[:2]):
+            made = asyncio.run(backend.generate(prompt))
+            journal.add(made)
+            begun = made.response_ids if prompt.begun_ids is None else np.concatenate((prompt.begun_ids, made.response_ids))
+            prompts[i] = replace(prompt, begun_ids=begun)
+    journal.add(asyncio.run(backend.generate(prompts[0])))  # its last one
+    journal.add(asyncio.run(backend.generate(prompts[2])))
+    paid = Journal(tmp_path / "j", batch=BATCH).recover(0)
+    assert sorted(paid.rollouts) == [0] and sorted(paid.begun) == [1, 2]
+    assert len(paid.rollouts[0].response_ids) == 8 and paid.rollouts[0].finish_reason == "stop"
+    assert np.array_equal(paid.begun[1].response_ids, prompts[1].begun_ids) and len(prompts[1].begun_ids) == 6
+    assert len(paid.begun[2].response_ids) == 3
 
 
 def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
