@@ -28,7 +28,7 @@ LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself w
 SLURM_JOB_END_TIME = "SLURM_JOB_END_TIME"  # seconds since the epoch
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL
 _DISTANCE = {RuntimeError.__name__: 2, HungUpError.__name__: 3}  # what a rank raises when a neighbour died, a role when the controller did
-_GRACE_S = 10.0  # for the others to end after the controller has
+_GRACE_S = 60.0  # for the others to end after the controller has, on cores that may have other work
 _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
 
 

@@ -153,6 +153,7 @@ def check_configs(config: Config) -> None:
         architecture(student).require_divisible(tensor=config.rollout.tensor_parallel, pipeline=1)
     if needs.generation or config.eval.prompts:
         _check_length(config, "student", student)
+        _check_served("student", config.student.path, student)
     widest = max(needs.head + (needs.draws > 0), needs.teacher_top)
     if widest > student.vocab_size:
         raise ConfigError(f"estimator {config.estimator.name} asks for {widest} ids of a vocabulary of {student.vocab_size}; ask for fewer")
@@ -209,6 +210,8 @@ def _check_teacher(config: Config, student: PretrainedConfig) -> None:
             f"teacher.pipeline_parallel={settings.pipeline_parallel} times as many; set eval.prompts= and evaluate the export by itself"
         )
     _check_length(config, "teacher", teacher)
+    if settings.backend == "vllm" or config.eval.prompts:
+        _check_served("teacher", settings.path, teacher)
     _check_split("teacher", settings.path, teacher, tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel)
 
 
@@ -217,6 +220,15 @@ def _check_split(name: str, path: str, hf_config: PretrainedConfig, **split: Any
         architecture(hf_config).require_divisible(**split)
     except ConfigError as error:
         raise ConfigError(f"{name} {path}: {error}") from error
+
+
+def _check_served(name: str, path: str, hf_config: PretrainedConfig) -> None:
+    """What vLLM would refuse once its engine has started."""
+    if hf_config.model_type in ("qwen2", "qwen3") and len(set(architecture(hf_config).windows)) > 1:
+        raise ConfigError(
+            f"{name} {path}: some of its layers attend through a window of {hf_config.sliding_window} tokens and some do not, which vLLM "
+            f"cannot do for a {hf_config.model_type}; choose a model with use_sliding_window=false"
+        )
 
 
 def _check_length(config: Config, name: str, hf_config: PretrainedConfig) -> None:

@@ -41,8 +41,8 @@ def await_steps(tiny, name, process, count):
         time.sleep(0.1)
 
 
-def role(children, name):
-    return next(child for child in children if ["role", name] == child.cmdline()[3:5])
+def role(children, name, index=0):
+    return next(c for c in children if ["role", name] == c.cmdline()[3:5] and ["--index", str(index)] == c.cmdline()[6:8])
 
 
 def assert_ends(process, children, message, code=1):
@@ -79,20 +79,20 @@ def test_a_killed_engine_process_ends_the_run(tiny):
     assert_ends(process, children, "rollout")
 
 
-def test_killed_rollouts_teachers_and_learners_are_replaced_and_a_request_to_stop_ends_the_run_in_order(tiny):
+def test_killed_rollouts_teachers_and_learner_ranks_are_replaced_and_a_request_to_stop_ends_the_run_in_order(tiny):
     name = "replaced"
-    process, children = endless(tiny, name, supervision={"backoff_s": 0.1})
+    process, children = endless(tiny, name, supervision={"backoff_s": 0.1}, learner={"tensor_parallel": 2}, rollout={"piece_tokens": 5})
     for victim in [role(children, "rollout"), role(children, "teacher")]:  # both are looked up while both live
         victim.send_signal(signal.SIGKILL)
     await_steps(tiny, name, process, len(tiny.steps(name)) + 6)  # more than the store held
-    role(children, "learner").send_signal(signal.SIGKILL)
+    role(children, "learner", 1).send_signal(signal.SIGKILL)
     await_steps(tiny, name, process, len(tiny.steps(name)) + 3)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    for victim in ("rollout", "teacher", "learner"):
-        assert f"{victim}-0 was killed by SIGKILL (log: {tiny.folder / name}/logs/{victim}-0.log); it is replaced (1 of 3 times)" in output
+    for victim in ("rollout-0", "teacher-0", "learner-1"):
+        assert f"{victim} was killed by SIGKILL (log: {tiny.folder / name}/logs/{victim}.log); it is replaced (1 of 3 times)" in output
     assert "go on with: megatron-opd train" in output.splitlines()[-1] and "Traceback" not in output
     assert not psutil.wait_procs(children, timeout=3)[1], "orphans"
     assert_steps_are_whole(tiny, name)

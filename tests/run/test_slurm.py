@@ -120,7 +120,7 @@ def test_a_killed_role_ends_the_job_with_its_name(bench):
 def test_a_lost_replica_a_requeue_and_a_node_that_goes_down_end_in_a_finished_run(bench):
     """One job meets all three, and trains on every prompt once."""
     loop = {"loop": {"steps": STEPS, "batch": 4, "max_lag": 1}, "checkpoint": {"every_steps": 5}, "supervision": {"backoff_s": 0.1}}
-    job = bench.submit(bench.tiny.config("hard", **LAYOUT, **loop))
+    job = bench.submit(bench.tiny.config("hard", cluster=LAYOUT["cluster"], **loop))
     bench.wait_for_step(job, "hard", 2)
     bench.kill("hard", "rollout")
     made = len(bench.tiny.steps("hard"))
