@@ -11,13 +11,14 @@ import warnings
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from rich.table import Table
 
 from megatron_opd import config as configs
 from megatron_opd import placement
 from megatron_opd.errors import ConfigError, OPDError
-from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, ends_at, prepare
+from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, alone_in, ends_at, prepare
 from megatron_opd.placement import Process, Resources, place
 from megatron_opd.progress import Progress, console, tell
 from megatron_opd.recovery import rewind
@@ -159,17 +160,26 @@ def _train(arguments: argparse.Namespace) -> None:
         found = f"{len(checked.records)} prompts, {len(checked.heldout)} held-out ones"
         console().print(f"checked: models, tokenizers, settings and {found}; nothing was started", highlight=False)
         return
-    stop = StopRequest(ends_at(config.checkpoint))
+    with alone_in(Path(config.run.dir)):
+        _run(config, processes, StopRequest(ends_at(config.checkpoint)), resume=arguments.resume)
+
+
+def _run(config: configs.Config, processes: tuple[Process, ...], stop: StopRequest, *, resume: bool) -> None:
+    """Loop and evaluation."""
     there = Path(config.run.dir, "config.yaml").exists()
-    folder, version = prepare(config, processes, resume=arguments.resume)
+    folder, version = prepare(config, processes, resume=resume)
     if not (folder / "summary.json").exists():
-        begins = f"going on behind step {version}" if arguments.resume and there else "starting"
-        _loop(config, processes, folder, stop, begins)
+        _loop(config, processes, folder, stop, f"going on behind step {version}" if resume and there else "starting")
     for evaluation in (process for process in processes if process.role == "evaluate"):
         console().print(f"evaluating on {config.eval.prompts}", highlight=False)
         with console().status("evaluating on held-out prompts"), Children(folder, config) as children:
             children.start(evaluation)
-            children.watch("evaluate", lambda: None, stop, timeout_s=config.eval.timeout_s)
+            try:
+                children.watch("evaluate", lambda: None, stop, timeout_s=config.eval.timeout_s)
+            except KeyboardInterrupt:
+                if not stop.made:
+                    raise
+                _stopped("before the end of the evaluation", stop, folder)
     from megatron_opd.summary import show
 
     show(folder / "summary.json", console())
@@ -184,8 +194,12 @@ def _loop(config: configs.Config, processes: tuple[Process, ...], folder: Path, 
             children.start(process)
         children.watch("controller", progress.update, stop)
     if not (folder / "summary.json").exists():
-        _tell(f"stopped before step {config.loop.steps}, {stop.why}; go on with: megatron-opd train {folder / 'config.yaml'} --resume")
-        sys.exit(STOPPED)
+        _stopped(f"before step {config.loop.steps}", stop, folder)
+
+
+def _stopped(where: str, stop: StopRequest, folder: Path) -> NoReturn:
+    _tell(f"stopped {where}, {stop.why}; go on with: megatron-opd train {folder / 'config.yaml'} --resume")
+    sys.exit(STOPPED)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -213,7 +227,8 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
         console().print(configs.to_yaml(config), _roles(processes), script, highlight=False, markup=False, soft_wrap=True)
         return
     slurm.require_sbatch()
-    folder, _ = prepare(config, processes, resume=arguments.resume)
+    with alone_in(Path(config.run.dir)):
+        folder, _ = prepare(config, processes, resume=arguments.resume)
     file = folder / "job.sbatch"
     file.write_text(script)
     job = slurm.submit(file)
@@ -230,8 +245,8 @@ def _step(arguments: argparse.Namespace) -> None:
     folder, last = Path(config.run.dir), "evaluate" if config.eval.prompts else "controller"
     try:
         if arguments.role == "controller":
-            rewind(config, folder)  # a job that was requeued goes on behind its last checkpoint
-            with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress:
+            with alone_in(folder), Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress:
+                rewind(config, folder)  # a job that was requeued goes on behind its last checkpoint
                 run_step(config, arguments.role, progress.update)
         else:
             run_step(config, arguments.role, lambda: None)

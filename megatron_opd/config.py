@@ -259,7 +259,7 @@ class LoopConfig:
 class CheckpointConfig:
     """What `train --resume` goes on from: checkpoints in the run directory, and a journal of what was paid for since the last one."""
 
-    every_steps: int = 50  # and behind the last step; 0: only when the run is asked to stop
+    every_steps: int = 50  # and behind the last step; 0: only there, and when the run is asked to stop
     keep: int = 2  # the last so many
     keep_every: int = 0  # and those whose step is a multiple of this, for ever
     keep_best: int = 0  # and so many whose own step had the lowest `best_by`

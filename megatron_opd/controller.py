@@ -107,8 +107,9 @@ class Controller:
                 of StalenessError, if a step saw older tokens than it may.
         """
         if self._recovery.learner_folder is not None:
-            await self._roles.learner.call(LoadCheckpoint(path=str(self._recovery.learner_folder), version=self._version), self._timeout_s)
+            await self._ask_learner(LoadCheckpoint(path=str(self._recovery.learner_folder), version=self._version))
         await self._publish(self._version)
+        self._recovery.stop_waiting = stop.is_set
         self._started = time.monotonic()
         for peer in self._roles.hub.everyone():
             peer.busy_s = 0.0
@@ -156,10 +157,10 @@ class Controller:
 
     async def _trajectory(self, prompt: Prompt) -> Trajectory | None:
         """What rollout and teacher make of a prompt; None if it cannot be trained on. What was paid for before is not paid again."""
-        paid = self._recovery.paid
+        paid = await self._recovery.paid(prompt.index // self._config.loop.batch + 1)
         if prompt.index in paid.set_aside:
             return None
-        rollout = paid.rollouts.pop(prompt.index, None) or await self._generate(prompt)
+        rollout = paid.rollouts.pop(prompt.index, None) or await self._generate(prompt, paid.begun.pop(prompt.index, None))
         if await self._unfit(rollout, rollout):
             return None
         if self._roles.teachers is None:
@@ -167,19 +168,18 @@ class Controller:
         scores = paid.scores.pop(prompt.index, None) or await self._score(self._roles.teachers, rollout)
         return None if await self._unfit(rollout, scores) else Trajectory(rollout=rollout, teacher=scores)
 
-    async def _generate(self, prompt: Prompt) -> Rollout:
+    async def _generate(self, prompt: Prompt, begun: Rollout | None = None) -> Rollout:
         if self._roles.rollouts is not None:
-            return await self._sample(self._roles.rollouts, prompt)
+            return await self._sample(self._roles.rollouts, prompt, begun)
         assert prompt.completion_ids is not None, "prompts were loaded with completions, since no rollout role was placed"
         start = Segment(first_token=0, version=prompt.index // self._config.loop.batch)
         return Rollout(
             index=prompt.index, prompt_ids=prompt.token_ids, response_ids=prompt.completion_ids, segments=(start,), finish_reason="stop"
         )
 
-    async def _sample(self, rollouts: Samplers, prompt: Prompt) -> Rollout:
-        """A whole response, piece by piece where `rollout.piece_tokens` says so, behind what an interrupted run has left of it."""
-        response = self._recovery.paid.begun.pop(prompt.index, None)
-        while response is None or response.finish_reason == "unfinished":
+    async def _sample(self, rollouts: Samplers, prompt: Prompt, response: Rollout | None) -> Rollout:
+        """A whole response, piece by piece where `rollout.piece_tokens` says so, behind the one that an interrupted run has begun."""
+        while response is None or (response.finish_reason == "unfinished" and not fault_of(response, self._limits)):
             begun_ids = response.response_ids if response is not None else None
             piece = await rollouts.ask(Generate(prompt=replace(prompt, begun_ids=begun_ids)), self._config.rollout.timeout_s)
             await self._recovery.keep(piece)
@@ -274,7 +274,8 @@ class Controller:
         fault = await self._fault_of_checkpoint()
         if not fault:
             self._failures = 0
-            return await self._recovery.commit(state)
+            async with self._asking:  # nobody else may be going back to what this removes
+                return await self._recovery.commit(state)
         self._failures += 1
         if self._failures == _CHECKPOINT_ATTEMPTS:
             raise CheckpointError(f"{_CHECKPOINT_ATTEMPTS} checkpoints in a row: {fault}")
@@ -418,6 +419,7 @@ class Controller:
         lengths = [len(trajectory.rollout.response_ids) for trajectory in batch]
         stopped = sum(trajectory.rollout.finish_reason == "stop" for trajectory in batch) / len(batch)
         indices = [trajectory.rollout.index for trajectory in batch]
+        assert indices == sorted(set(indices)), f"step {report.version} trained on prompts {indices}"
         mean = sum(lengths) / len(lengths)
         await self._recovery.when_there_is_room(
             lambda: self._log.write(report, seconds, prompts=range(min(indices), max(indices) + 1), mean_length=mean, stopped=stopped)

@@ -60,16 +60,18 @@ class Fleet:
         Raises:
             PeerError: none came in time.
         """
-        if not self._ready():
+        while not self._ready():
             await self._replacement()
         return min(self._ready(), key=lambda peer: peer.outstanding)
 
     async def _replacement(self) -> None:
+        """Waits until one is ready, or has come and is being made so, or is lost again."""
         if not self._replaced_within_s:
             raise PeerError(f"no {self._role} is left; see the logs of the {self._role}s")
+        coming = bool(self._hub.live(self._role))  # it may have to wait for the weights until a long step is over
         try:
-            async with asyncio.timeout(self._replaced_within_s), self._hub.changed:
-                await self._hub.changed.wait_for(self._ready)
+            async with asyncio.timeout(None if coming else self._replaced_within_s), self._hub.changed:
+                await self._hub.changed.wait_for(lambda: self._ready() or bool(self._hub.live(self._role)) != coming)
         except TimeoutError:
             raise PeerError(
                 f"no {self._role} is left, and none was started in {self._replaced_within_s:g} s; see the logs of the {self._role}s"

@@ -1,6 +1,8 @@
 """Runs all roles of a job on this machine and watches them: who dies is replaced or ends the run, and nobody outlives it."""
 
+import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -9,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,6 +27,7 @@ from megatron_opd.runtime.environment import environment
 from megatron_opd.runtime.report import READY, REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
 
+_LOG = logging.getLogger(__name__)
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
 SLURM_JOB_END_TIME = "SLURM_JOB_END_TIME"  # seconds since the epoch
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL
@@ -97,6 +101,34 @@ def ends_at(settings: CheckpointConfig) -> float:
     return float(os.environ.get(SLURM_JOB_END_TIME, math.inf)) - settings.before_limit_s
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other launchers out of a run directory, which it makes if there is none.
+
+    Raises:
+        ConfigError: somebody works there, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder} cannot be written: {error}") from error
+    try:
+        _lock(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"run.dir={folder} is another process's at the moment; wait for its end, or name another directory") from None
+    except OSError as error:
+        _LOG.warning("run.dir=%s lies where directories cannot be locked (%s): nothing keeps a second launcher out", folder, error)
+
+
 def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = False) -> tuple[Path, int]:
     """Makes the run directory with resolved config, placement and keys; with `resume`, goes on in the one that an earlier process left.
 
@@ -137,7 +169,8 @@ def _clear_failed_start(folder: Path) -> None:
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
     if found & configs and found <= made and not (steps.exists() and steps.stat().st_size):
-        shutil.rmtree(folder)
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _clear_for_resume(folder: Path, *, over: bool) -> None:

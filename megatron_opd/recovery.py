@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_opd.config import Config, fixed
-from megatron_opd.errors import ConfigError, GuardError
+from megatron_opd.errors import CheckpointError, ConfigError, GuardError
 from megatron_opd.runtime.append import append
 from megatron_opd.store.checkpoints import Checkpoints
 from megatron_opd.store.journal import Journal, Paid
@@ -55,16 +55,22 @@ class Recovery:
             self.learner_folder, self.before = found
         if self.before.settings != self.digest:
             raise ConfigError(f"{folder} holds a run with other settings or prompts; see its config.yaml")
+        self.stop_waiting: Callable[[], bool] = lambda: False  # for room on a full disk
         on = config.checkpoint.journal != "off"
         each = config.checkpoint.journal == "record"
-        self._journal = Journal(folder / "journal", batch=config.loop.batch, each_record=each) if on else None
-        self.paid = self._journal.recover(self.before.version) if self._journal is not None else Paid()
+        self._journal = Journal(folder / "journal", batch=config.loop.batch, settings=self.digest, each_record=each) if on else None
+        if self._journal is not None:
+            self._journal.forget(self.before.version)
+        self._left = set(self._journal.steps()) if self._journal is not None else set()  # by an earlier process, and not read yet
+        self._read: dict[int, Paid] = {}
+        self._reading = asyncio.Lock()
         self._quarantine = folder / "quarantine.jsonl"
         self._set_aside = _indices(self._quarantine)
 
     def due(self, version: int) -> bool:
         """Whether a checkpoint is to be made of this version."""
-        return self._settings.every_steps > 0 and (version % self._settings.every_steps == 0 or version == self._steps)
+        every = self._settings.every_steps
+        return version == self._steps or (every > 0 and version % every == 0)
 
     def metrics(self, report: StepReport) -> dict[str, float | None]:
         """What a checkpoint behind this step is to be judged by.
@@ -82,6 +88,14 @@ class Recovery:
         """The learner's folder of the last checkpoint, and its version; none is the beginning."""
         found = self._checkpoints.newest()
         return (found[0], found[1].version) if found is not None else (None, 0)
+
+    async def paid(self, step: int) -> Paid:
+        """What an earlier process has left of a step; whoever uses some of it takes it out. Read when the step is: it may be much."""
+        async with self._reading:
+            if step in self._left and self._journal is not None:
+                self._left.remove(step)
+                self._read[step] = await asyncio.to_thread(self._journal.read, step)
+        return self._read.get(step) or Paid()
 
     async def past(self, version: int) -> Paid:
         """What was paid for of a step that was trained before."""
@@ -115,7 +129,8 @@ class Recovery:
     async def settle(self, version: int) -> None:
         """Makes the journal of a step that is about to be trained survive the machine, where that is asked for."""
         if self._journal is not None and self._settings.journal == "step":
-            await asyncio.to_thread(self._journal.sync, version)
+            journal = self._journal
+            await self.when_there_is_room(lambda: journal.sync(version), aside=True)
 
     async def begin(self, version: int) -> Path:
         """The folder that the learner is to write into, once the disk has room for it."""
@@ -136,22 +151,23 @@ class Recovery:
     async def commit(self, state: RunState) -> None:
         """Makes the checkpoint whole, and drops from the journal what it has made superfluous."""
         await self.when_there_is_room(lambda: self._checkpoints.describe(state))
-        await asyncio.to_thread(self._checkpoints.commit, state.version)
+        await self.when_there_is_room(lambda: self._checkpoints.commit(state.version), aside=True)
         if self._journal is not None:
             self._journal.forget(state.version)
 
-    async def when_there_is_room(self, write: Callable[[], T]) -> T:
-        """What `write` returns. A full disk makes the run wait, which it says, and go on when there is room.
+    async def when_there_is_room(self, write: Callable[[], T], *, aside: bool = False) -> T:
+        """What `write` returns, called in a thread if `aside`. A full disk makes the run wait, which it says, and go on when there is room.
 
         Raises:
-            OSError: there was none within `supervision.disk_wait_s`, or it is another error.
+            OSError: there was none within `supervision.disk_wait_s` or until the run was asked to stop, or it is another error.
         """
         deadline = time.monotonic() + self._disk_wait_s
         while True:
             try:
-                return write()
+                return await asyncio.to_thread(write) if aside else write()
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > deadline:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not full or time.monotonic() > deadline or self.stop_waiting():
                     raise
                 _LOG.warning("the run waits for room on the disk of %s: %s", self._folder, error)
             await asyncio.sleep(_POLL_S)
@@ -215,9 +231,16 @@ def _append(file: Path, line: bytes) -> None:
 
 
 def _indices(quarantine: Path) -> set[int]:
-    """Of the prompts in quarantine; a line that a crash cut short is removed."""
+    """Of the prompts in quarantine; a line that a crash cut short is removed.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     if not quarantine.exists():
         return set()
     data = quarantine.read_bytes()
     os.truncate(quarantine, data.rfind(b"\n") + 1)
-    return {json.loads(line)["index"] for line in data[: data.rfind(b"\n") + 1].splitlines()}
+    try:
+        return {json.loads(line)["index"] for line in data[: data.rfind(b"\n") + 1].splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{quarantine} is damaged: {type(error).__name__}: {error}; remove the line, or the file") from error

@@ -6,6 +6,7 @@ The only file that names the concrete learner, rollout and teacher. Each guest i
 import asyncio
 import shutil
 import signal
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -136,7 +137,8 @@ async def _assemble(config: Config, hub: rpc.Hub, *, replaced: bool) -> "Roles":
 
 
 def _ask_for_replacement(peer: rpc.Peer, *, learner: bool) -> None:
-    if learner or peer.hello.role != "learner":
+    here = peer.hello.host == socket.gethostname()  # a launcher knows its own machine's process ids
+    if here and (learner or peer.hello.role != "learner"):
         report.ask_for_replacement(peer.hello.pid, peer.lost)
 
 
@@ -154,7 +156,7 @@ def _ranks(config: Config, process: Process) -> Ranks:
 def _open(kind: type[D], config: Config, process: Process) -> D:
     folder = Path(config.run.dir)
     address = rpc.await_address(folder / "controller.json", config.run.start_timeout_s)
-    return kind(folder / "keys", address, rpc.hello(process.role, process.replica))
+    return kind(folder / "keys", address, rpc.hello(process.role, process.replica), silent_s=config.supervision.silent_s)
 
 
 def _learner(config: Config, process: Process) -> None:
@@ -473,4 +475,6 @@ def _evaluate(config: Config, process: Process) -> None:
 
 
 def _write(file: Path, summary: RunSummary) -> None:
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))
+    partial_file.rename(file)

@@ -23,7 +23,6 @@ from megatron_opd.recovery import Recovery, rewind
 from megatron_opd.rollout.scripted import ScriptedRollout, ScriptedSettings
 from megatron_opd.runtime import rpc
 from megatron_opd.runtime.rendezvous import listening_store
-from megatron_opd.store.journal import Journal
 from megatron_opd.teacher.scripted import ScriptedTeacher
 from megatron_opd.types import (
     Address,
@@ -44,6 +43,7 @@ from megatron_opd.types import (
     Stop,
     Train,
 )
+from tests.store.test_journal import recovered
 
 NEEDS = Needs(behaviour_logp=True, teacher_token=True)
 VOCAB, STEPS, BATCH = 11, 12, 4
@@ -155,6 +155,7 @@ def play(
     heirs=False,
     change=lambda rollout: rollout,
     sections=None,
+    patience_s=20,
     **loop,
 ):
     """A whole run, or the rest of one that `tmp_path` knows of; returns its summary.
@@ -191,10 +192,10 @@ def play(
             tasks |= {replica: start_role(replica) for replica in range(replicas)}
             for role, count in (("learner", 1), ("rollout", replicas), ("teacher", 1)):
                 await hub.peers(role, count, 60)
-            patience_s = 20 if incident else 0
-            peer = Seat(hub, "learner", replaced_within_s=patience_s if heirs else 0)
-            samplers = Samplers(hub, peer, width=1, timeout_s=20, replaced_within_s=patience_s)
-            peers = Roles(hub=hub, learner=peer, rollouts=samplers, teachers=Fleet(hub, "teacher", replaced_within_s=patience_s))
+            within_s = patience_s if incident else 0
+            peer = Seat(hub, "learner", replaced_within_s=within_s if heirs else 0)
+            samplers = Samplers(hub, peer, width=1, timeout_s=20, replaced_within_s=within_s)
+            peers = Roles(hub=hub, learner=peer, rollouts=samplers, teachers=Fleet(hub, "teacher", replaced_within_s=within_s))
             recovery = Recovery(config, tmp_path)
             log = StepLog(tmp_path, version=recovery.before.version, size=recovery.before.metrics_bytes)
             stop = asyncio.Event()
@@ -283,7 +284,7 @@ def test_a_run_that_died_goes_on_with_every_prompt_once_and_pays_for_nothing_twi
     with pytest.raises(ExceptionGroup):
         play(tmp_path, max_lag, first, sections=sections)
     saved = 4 * ((fail_at - 2) // 4)  # a checkpoint is whole once the step behind it is done
-    paid = Journal(tmp_path / "journal", batch=BATCH).recover(saved)
+    paid = recovered(tmp_path / "journal", saved, BATCH)
     summary = play(tmp_path, max_lag, second, sections=sections)
     assert first.trained[: saved * BATCH] + second.trained == list(range(STEPS * BATCH))
     assert not set(paid.scores) & set(second.scored), "scores were paid twice"
@@ -306,7 +307,7 @@ def test_responses_that_were_under_way_go_on_where_their_last_piece_ended(tmp_pa
     sections = {"rollout": {"piece_tokens": 8, "timeout_s": 60}}
     with pytest.raises(ExceptionGroup):
         play(tmp_path, 3, first, length, sections=sections, change=note)
-    begun = {index: len(response.response_ids) for index, response in Journal(tmp_path / "journal", batch=BATCH).recover(0).begun.items()}
+    begun = {index: len(response.response_ids) for index, response in recovered(tmp_path / "journal", 0, BATCH).begun.items()}
     assert begun, "nothing was under way: the case shows nothing"
     assert set(begun.values()) <= set(range(8, 64, 8))
     pieces.clear()
@@ -336,6 +337,78 @@ def test_a_lost_rollouts_response_goes_on_elsewhere_behind_its_last_piece(tmp_pa
     assert learner.trained == list(range(4 * BATCH))
     assert {start for _, start in pieces} == set(range(0, 40, 5))
     assert len(pieces) - len(set(pieces)) <= 2 * BATCH, "at most the pieces that were under way"
+
+
+def test_an_empty_response_is_set_aside_and_known_for_it_after_a_resume(tmp_path):
+    def empty(rollout):
+        return replace(rollout, response_ids=rollout.response_ids[:0], segments=()) if rollout.index in (5, 21) else rollout
+
+    first, second = ScriptedLearner(fail_at=3), ScriptedLearner()
+    with pytest.raises(ExceptionGroup):
+        play(tmp_path, 0, first, change=empty)
+    play(tmp_path, 0, second, change=empty)
+    assert second.trained == [index for index in range(STEPS * BATCH) if index not in (5, 21)]
+    reasons = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [one["index"] for one in reasons] == [5, 21] and "0 tokens" in reasons[0]["reason"]
+
+
+def test_a_piece_that_cannot_be_trained_on_is_not_gone_on_with(tmp_path):
+    asked = []
+
+    def broken(piece):
+        asked.append((piece.index, piece.segments[0].first_token))
+        return replace(piece, response_ids=piece.response_ids + VOCAB) if piece.index == 7 else piece
+
+    learner = ScriptedLearner()
+    play(tmp_path, 0, learner, change=broken, sections={"rollout": {"piece_tokens": 8, "timeout_s": 60}}, steps=3)
+    assert learner.trained == [index for index in range(3 * BATCH) if index != 7]
+    assert [piece for piece in asked if piece[0] == 7] == [(7, 0)]
+
+
+def test_a_newcomer_that_waits_for_the_end_of_a_long_step_is_waited_for(tmp_path):
+    class Slow(ScriptedLearner):
+        async def answer(self, message):
+            if isinstance(message, Train) and self.version == 4:
+                training.set()
+                await asyncio.sleep(3)
+            return await super().answer(message)
+
+    async def lose_the_only_one(start, tasks, stop):
+        await training.wait()
+        tasks[0].cancel()
+        await asyncio.sleep(0.2)
+        tasks["new"] = start(0)
+
+    training, learner = asyncio.Event(), Slow()
+    play(tmp_path, 1, learner, replicas=1, incident=lose_the_only_one, patience_s=1)
+    assert learner.trained == list(range(STEPS * BATCH))
+
+
+def test_a_learner_that_is_lost_while_it_loads_is_replaced_too(tmp_path):
+    class Unable(ScriptedLearner):
+        async def answer(self, message):
+            if isinstance(message, LoadCheckpoint):
+                raise ValueError("no")
+            return await super().answer(message)
+
+    async def another(start, tasks, stop):
+        await asyncio.sleep(0.3)
+        tasks["second"] = start(0, heir)
+
+    sections = {"checkpoint": {"every_steps": 2}}
+    with pytest.raises(ExceptionGroup):
+        play(tmp_path, 0, ScriptedLearner(fail_at=6), sections=sections)
+    heir = ScriptedLearner()
+    play(tmp_path, 0, Unable(), incident=another, heirs=True, sections=sections)
+    assert heir.trained == list(range(4 * BATCH, STEPS * BATCH)) and len(whole_steps(tmp_path)) == STEPS
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_the_last_step_has_a_checkpoint_so_that_a_finished_run_stays_one(tmp_path, every):
+    play(tmp_path, 1, ScriptedLearner(), sections={"checkpoint": {"every_steps": every}})
+    again = ScriptedLearner()
+    play(tmp_path, 1, again, sections={"checkpoint": {"every_steps": every}})
+    assert not again.trained and len(whole_steps(tmp_path)) == STEPS
 
 
 def test_a_request_to_stop_leaves_a_checkpoint_of_the_step_under_way(tmp_path):

@@ -15,7 +15,7 @@ from megatron_opd import config as configs
 from megatron_opd import placement
 from megatron_opd.config import CheckpointConfig
 from megatron_opd.errors import ConfigError
-from megatron_opd.launch import Children, RoleDied, StopRequest, ends_at, prepare
+from megatron_opd.launch import Children, RoleDied, StopRequest, alone_in, ends_at, prepare
 from megatron_opd.placement import Resources, place
 from megatron_opd.recovery import beginning
 from megatron_opd.store.checkpoints import Checkpoints
@@ -87,6 +87,14 @@ def test_a_start_that_was_cut_short_is_begun_again(make, tmp_path, left):
         (tmp_path / "run" / "config.yaml.partial").write_text("run:\n  di")
     folder, version = make(resume=True)
     assert version == 0 and {"config.yaml", "keys", "logs", "placement.json"} == {entry.name for entry in folder.iterdir()}
+
+
+def test_a_run_has_one_launcher_at_a_time(make, tmp_path):
+    with alone_in(tmp_path / "new" / "run"):
+        with pytest.raises(ConfigError, match="run is another process's at the moment"), alone_in(tmp_path / "new" / "run"):
+            raise AssertionError("two at once")
+    with alone_in(tmp_path / "new" / "run"):
+        pass
 
 
 def test_a_replacement_that_hangs_before_it_is_ready_is_replaced_too(make, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import os
 from collections import namedtuple
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from megatron_opd import config as configs
 from megatron_opd import recovery
-from megatron_opd.errors import ConfigError, GuardError
+from megatron_opd.errors import CheckpointError, ConfigError, GuardError
 from megatron_opd.recovery import Recovery
 from megatron_opd.types import Rollout, Segment, StepReport
 
@@ -57,6 +58,48 @@ def test_a_full_disk_is_waited_for_and_not_for_ever(settings, tmp_path, monkeypa
         asyncio.run(hasty.when_there_is_room(full_until(5)))
     with pytest.raises(PermissionError):
         asyncio.run(patient.when_there_is_room(_denied))
+
+
+def test_a_wait_for_room_ends_with_the_run(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "_POLL_S", 0.01)
+    asked = Recovery(settings(), tmp_path)
+    asked.stop_waiting = lambda: True
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(asked.when_there_is_room(full_until(5)))
+
+
+def test_a_disk_that_is_full_at_the_last_moment_costs_no_checkpoint_and_no_step(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "_POLL_S", 0.01)
+    kept = Recovery(settings(), tmp_path)
+    asyncio.run(kept.keep(rollout(0)))
+    asyncio.run(kept.begin(1))
+    sync, left = os.fsync, [*range(3)]
+
+    def full(descriptor):
+        if left:
+            left.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    asyncio.run(kept.settle(1))
+    left += range(3)
+    asyncio.run(kept.commit(replace(recovery.beginning(kept.digest), version=1)))
+    assert not left and kept.newest()[1] == 1
+
+
+def test_what_was_sampled_for_other_prompts_is_refused_without_a_checkpoint_too(settings, tmp_path):
+    asyncio.run(Recovery(settings(), tmp_path).keep(rollout(0)))
+    Recovery(settings(), tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "b"}\n')
+    with pytest.raises(ConfigError, match="was filled under other settings or prompts"):
+        Recovery(settings(), tmp_path)
+
+
+def test_a_damaged_quarantine_is_named(settings, tmp_path):
+    (tmp_path / "quarantine.jsonl").write_text('{"index": 3}\n{"indx": 4}\n')
+    with pytest.raises(CheckpointError, match=r"quarantine\.jsonl is damaged: KeyError"):
+        Recovery(settings(), tmp_path)
 
 
 def _denied():

@@ -15,8 +15,9 @@ time before the first step included:
 
 A run that ends before its last step is resumed, until it has made all of them. Then the audit: every prompt trained exactly once
 on the way to the last weights (`lost`, `twice`), no token older than max_lag (`lag_violations`), no run that made no step within
-`--patience` seconds, however often it was resumed (`hangs`), and no end without a last line that names a role, a signal
-or the full disk (`unclear_errors`). Recovery is the time from a fault to the next step that is on disk. Exit code 1 if anything was found.
+`--patience` seconds, however often it was resumed (`hangs`), no end without a last line that names a role, a signal or the full disk,
+and no error that only a programmer would understand (`unclear_errors`). Recovery is the time from a fault to the next step that is on
+disk. Exit code 1 if anything was found.
 
 JSON: {"runs": n, "lost": n, "twice": n, "lag_violations": n, "hangs": n, "unclear_errors": n, "worst_recovery_seconds": s,
 "faults": {kind: n}, "seconds": s}
@@ -51,6 +52,7 @@ SETTINGS = (
 )  # fmt: skip
 DEMO = ("eval.prompts=", "eval.verifier=", "rollout.max_running=16", "learner.cores=[]", "teacher.cores=[]", "rollout.cores=[]")
 CLEAR = re.compile(r"controller|learner|rollout|teacher|SIG[A-Z]+|stopped before step|interrupted|No space left")
+CRASH = re.compile(r"(Assertion|Attribute|Index|Key|Name|Type|Value|JSONDecode|Unicode\w+|Recursion)Error")  # nobody foresaw it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,7 @@ class Run:
 
     def _judge_end(self) -> None:
         code, last = self._launcher.returncode, self._last_line()
-        if code not in (0, -signal.SIGKILL, -signal.SIGTERM) and not CLEAR.search(last):
+        if code not in (0, -signal.SIGKILL, -signal.SIGTERM) and (CRASH.search(last) or not CLEAR.search(last)):
             self._say(f"unclear: exit code {code}, {last!r}")
             self._found.unclear_errors += 1
 

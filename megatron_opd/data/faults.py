@@ -34,6 +34,8 @@ def _fault(name: str, array: np.ndarray, limits: Limits) -> str | None:
     if name.endswith("_ids") and array.size:
         low, high = int(array.min()), int(array.max())
         return None if 0 <= low <= high < limits.vocab_size else f"{name} from {low} to {high} in a vocabulary of {limits.vocab_size}"
+    if name == "hidden" and array.dtype == np.uint16:  # bfloat16
+        array = (array.astype(np.uint32) << 16).view(np.float32)
     if array.dtype.kind != "f":
         return None
     bad = np.isnan(array) | (array == np.inf) | ((array == -np.inf) & (name not in _MAY_BE_NO_MASS))

@@ -5,9 +5,12 @@ every rank too, which only the same split can use. All methods are collectives: 
 """
 
 import logging
+import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
@@ -26,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.errors import CheckpointError, UnsavedError
 from megatron_opd.model.parallel import ParallelConfig, place
+from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.weights.checkpoint import DistributedCheckpoint
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ class TrainingState:
         self._parallel = parallel
         self._writing: Path | None = None
         self._queue = AsyncCallsQueue()
+        _make_results_queue()
 
     def save(self, folder: Path, counters: dict[str, int]) -> None:
         """Begins to write into an empty folder; a forked process does it while training goes on. `finish` waits for it."""
@@ -106,6 +112,14 @@ class TrainingState:
                 assert isinstance(held, ShardedTensor | ShardedTensorFactory), f"optimizer state of type {type(held).__name__}"
                 held.data.zero_()
         return {"model": model, "optimizer": dense, "experts": moments, "generators": _generators(self._parallel)}
+
+
+def _make_results_queue() -> None:
+    """The process that holds Megatron's queue of writers' results, as Megatron makes it, but so that it ends with this one."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=die_with_parent, initargs=(os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
 
 
 @contextmanager

@@ -22,13 +22,12 @@ import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from megatron_opd.errors import ConfigError, HungUpError, PeerError, SetbackError
+from megatron_opd.errors import ConfigError, HungUpError, PeerError, SetbackError, WireError
 from megatron_opd.runtime import wire
 from megatron_opd.types import Address, Hello
 
 _ZAP = "inproc://zeromq.zap.01"  # where libzmq looks for the authenticator of a context
 _MAX_MESSAGE_BYTES = 16 << 30
-_HEARTBEAT_MS = 5_000
 _PROBE_S = 0.5
 
 
@@ -97,8 +96,7 @@ class Hub:
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(silent_s * 1000 / 3))
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silent_s * 1000 * 2 / 3))
+        _notice_silence(self._socket, silent_s)
         self._on_loss = on_loss
         self._peers: dict[bytes, Peer] = {}
         self.changed = asyncio.Condition()  # notified whenever a peer comes or is lost
@@ -232,7 +230,10 @@ class Hub:
             if answer is None or answer.done():
                 continue
             if kind == b"answer":
-                answer.set_result(wire.decode(name, body))
+                try:
+                    answer.set_result(wire.decode(name, body))
+                except WireError as error:
+                    answer.set_exception(PeerError(f"{peer.name} answered what cannot be read: {error}"))
             else:
                 error = SetbackError if kind == b"setback" else PeerError
                 answer.set_exception(error(f"{peer.name}: {body.decode()}"))
@@ -258,8 +259,9 @@ class _OneKey:
 class Desk:
     """A role's socket: requests come in, answers go out. Blocking."""
 
-    def __init__(self, keys: Path, address: Address, hello: Hello, *, context: zmq.Context | None = None) -> None:
-        self._socket, self._monitor = _dial(context or zmq.Context.instance(), keys, address)
+    def __init__(self, keys: Path, address: Address, hello: Hello, *, silent_s: float = 30.0, context: zmq.Context | None = None) -> None:
+        """A controller that is silent for `silent_s` counts as gone."""
+        self._socket, self._monitor = _dial(context or zmq.Context.instance(), keys, address, silent_s)
         self._address = address
         self._hello = hello
 
@@ -313,8 +315,9 @@ def ready(desks: Sequence[Desk], *, wait: bool) -> list[Desk]:
 class AsyncDesk:
     """The same for a role that answers many requests at once. asyncio must own the socket: zmq wakes a foreign poller only once."""
 
-    def __init__(self, keys: Path, address: Address, hello: Hello) -> None:
-        self._socket, self._monitor = _dial(zmq.asyncio.Context.instance(), keys, address)
+    def __init__(self, keys: Path, address: Address, hello: Hello, *, silent_s: float = 30.0) -> None:
+        """See `Desk`."""
+        self._socket, self._monitor = _dial(zmq.asyncio.Context.instance(), keys, address, silent_s)
         self._address = address
         self._hello = hello
 
@@ -356,12 +359,17 @@ class AsyncDesk:
         self._socket.close()
 
 
-def _dial(context: zmq.Context, keys: Path, address: Address) -> tuple[zmq.Socket, zmq.Socket]:
+def _notice_silence(socket: zmq.Socket, silent_s: float) -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, round(silent_s * 1000 / 3))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silent_s * 1000 * 2 / 3))
+
+
+def _dial(context: zmq.Context, keys: Path, address: Address, silent_s: float) -> tuple[zmq.Socket, zmq.Socket]:
     """A DEALER to the controller, and the socket that tells when the connection breaks."""
     dealer = context.socket(zmq.DEALER)
     dealer.curve_serverkey = zmq.auth.load_certificate(keys / "controller.key")[0]
     dealer.curve_publickey, dealer.curve_secretkey = zmq.auth.load_certificate(keys / "role.key_secret")
-    dealer.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    _notice_silence(dealer, silent_s)
     dealer.setsockopt(zmq.LINGER, 1000)
     dealer.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
     dealer.setsockopt(zmq.SNDHWM, 0)

@@ -6,6 +6,7 @@ It holds `learner/`, which the learner writes, and `run.json`, which says where 
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import msgspec
 from megatron_opd.config import CheckpointConfig
 from megatron_opd.errors import CheckpointError
 from megatron_opd.types import RunState
+
+_NAME = re.compile(r"step-(\d+)")
 
 
 class Checkpoints:
@@ -57,20 +60,31 @@ class Checkpoints:
         (self._partial(state.version) / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1))
 
     def commit(self, version: int) -> None:
-        """Makes a checkpoint whose two parts are on disk visible, and removes those that are not to be kept."""
-        partial = self._partial(version)
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        target = self._folder / f"step-{version:08}"
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        """Makes a checkpoint whose two parts are on disk visible, and removes those that are not to be kept.
+
+        A disk that had no room for it may be tried again.
+        """
+        partial, target = self._partial(version), self._folder / f"step-{version:08}"
+        if partial.exists():
+            for path in [*partial.rglob("*"), partial]:
+                _sync(path)
+            self._remove(target)
+            partial.rename(target)
         _sync(self._folder)
-        for folder in self._superfluous():
-            shutil.rmtree(folder)
+        for folder in [*self._superfluous()]:
+            self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        """At once for all who look: a kill amid it leaves no half of a checkpoint under its name."""
+        if folder.exists():
+            hidden = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
 
     def _steps(self) -> dict[int, Path]:
-        return {int(folder.name.removeprefix("step-")): folder for folder in self._folder.glob("step-*")}
+        found = {folder: _NAME.fullmatch(folder.name) for folder in self._folder.glob("step-*")}
+        return {int(name[1]): folder for folder, name in found.items() if name}
 
     def _superfluous(self) -> Iterator[Path]:
         steps, keep_every = self._steps(), self._settings.keep_every

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_opd.errors import WireError
+from megatron_opd.errors import ConfigError, WireError
 from megatron_opd.runtime import wire
 from megatron_opd.runtime.append import append
 from megatron_opd.store.pieces import joined
@@ -38,22 +38,32 @@ class Paid:
 class Journal:
     """Append-only files in a folder. A record survives the process once `add` returns, and the machine once `sync` does."""
 
-    def __init__(self, folder: Path, *, batch: int, each_record: bool = False) -> None:
-        """`batch` prompts make a step; with `each_record`, `add` syncs."""
+    def __init__(self, folder: Path, *, batch: int, settings: str = "", each_record: bool = False) -> None:
+        """`batch` prompts make a step; `settings` is the digest of what must not change; with `each_record`, `add` syncs.
+
+        Raises:
+            ConfigError: the folder was filled under other settings.
+        """
         self._folder = folder
         self._batch = batch
         self._each_record = each_record
         self._files: dict[int, BinaryIO] = {}
         folder.mkdir(exist_ok=True)
+        if settings:
+            self._require(settings)
 
-    def recover(self, version: int) -> Paid:
-        """All whole records of steps after `version`, each file cut behind its last one; older files are removed."""
-        self.forget(version)
-        return self._paid(sorted(self._folder.glob("step-*.bin")))
+    def steps(self) -> list[int]:
+        """Those that it holds records of."""
+        return sorted(map(_step, self._folder.glob("step-*.bin")))
 
-    def read(self, step: int) -> Paid:
-        """All records of a step to which nothing is added any more."""
-        return self._paid([self._path(step)])
+    def read(self, *steps: int) -> Paid:
+        """All whole records of steps to which nothing is being added; each file is cut behind its last one."""
+        paid = Paid()
+        for file in filter(Path.exists, map(self._path, steps)):
+            for record in self._whole(file):
+                if isinstance(record, Rollout | TeacherScores | SetAside) and record.index // self._batch + 1 == _step(file):
+                    _put(paid, record)
+        return paid
 
     def add(self, record: Rollout | TeacherScores | SetAside) -> None:
         """Appends.
@@ -64,9 +74,9 @@ class Journal:
         append(self._file(record.index // self._batch + 1), frame(record), sync=self._each_record)
 
     def sync(self, step: int) -> None:
-        """Returns once the records of a step would survive the machine."""
-        if step in self._files:
-            os.fsync(self._files[step].fileno())
+        """Returns once the records of a step, those of an earlier process too, would survive the machine."""
+        if self._path(step).exists():
+            os.fsync(self._file(step).fileno())
 
     def forget(self, version: int) -> None:
         """Removes the records of all steps up to `version`: a checkpoint holds what became of them."""
@@ -75,6 +85,13 @@ class Journal:
                 if (opened := self._files.pop(_step(file), None)) is not None:
                     opened.close()
                 file.unlink()
+
+    def _require(self, settings: str) -> None:
+        mark = self._folder / "settings"
+        before = mark.read_text() if mark.exists() else settings
+        if self.steps() and before != settings:
+            raise ConfigError(f"{self._folder} was filled under other settings or prompts; set back what changed, or name a new run.dir")
+        mark.write_text(settings)
 
     def close(self) -> None:
         """Closes the files."""
@@ -89,14 +106,6 @@ class Journal:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08}.bin"
-
-    def _paid(self, files: list[Path]) -> Paid:
-        paid = Paid()
-        for file in files:
-            for record in self._whole(file):
-                if isinstance(record, Rollout | TeacherScores | SetAside) and record.index // self._batch + 1 == _step(file):
-                    _put(paid, record)
-        return paid
 
     def _whole(self, file: Path) -> Iterator[Any]:
         data = file.read_bytes()

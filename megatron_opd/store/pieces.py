@@ -11,7 +11,7 @@ _ALIGNED = ("response_ids", "logp", "head_ids", "head_logp", "draw_ids", "draw_c
 
 def joined(begun: Rollout | None, piece: Rollout) -> Rollout | None:
     """The response with its next piece; None if the piece starts neither where `begun` ends nor anew."""
-    start = piece.segments[0].first_token
+    start = piece.segments[0].first_token if piece.segments else 0  # an empty response is whole, and somebody else's to judge
     if start == 0:
         return piece
     if begun is None or begun.finish_reason != "unfinished" or start != len(begun.response_ids):

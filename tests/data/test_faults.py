@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.types import Needs
@@ -41,6 +42,15 @@ def changed(array, value):
 def test_a_rollout_out_of_range_is_named(field, value, message):
     rollout = replace(GOOD.rollout, response_ids=np.zeros(9, np.int32))
     assert fault_of(replace(rollout, **{field: changed(getattr(rollout, field), value)}), LIMITS).startswith(message)
+
+
+def test_hidden_states_that_are_not_numbers_are_named():
+    bits = torch.ones(9, 4, dtype=torch.bfloat16).view(torch.uint16).numpy()
+    assert fault_of(replace(GOOD.teacher, hidden=bits), LIMITS) is None
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = torch.ones(9, 4, dtype=torch.bfloat16)
+        bad[5, 1] = value
+        assert "hidden holds" in fault_of(replace(GOOD.teacher, hidden=bad.view(torch.uint16).numpy()), LIMITS)
 
 
 def test_scores_that_are_not_numbers_are_named():

@@ -71,6 +71,27 @@ def test_what_was_not_committed_is_no_checkpoint_and_goes(tmp_path):
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_a_kill_amid_a_removal_leaves_no_half_under_a_name(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=1))
+    write(checkpoints, 1, {"loss": 2.0})
+
+    def half(folder, ignore_errors=False):
+        if ignore_errors:
+            return
+        (folder / "run.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_opd.store.checkpoints.shutil.rmtree", half)
+    with pytest.raises(KeyboardInterrupt):
+        write(checkpoints, 2, {"loss": 1.0})
+    monkeypatch.undo()
+    (tmp_path / "step-2.bak").mkdir()  # somebody's own
+    again = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=1))
+    again.clear()
+    write(again, 3, {"loss": 3.0})
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-2.bak"] and again.newest()[1].version == 3
+
+
 def test_a_damaged_state_is_named(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     write(checkpoints, 3)

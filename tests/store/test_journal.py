@@ -36,11 +36,18 @@ def filled(folder, **options):
     return journal
 
 
+def recovered(folder, version, batch=BATCH):
+    """All that a new process finds of the steps behind `version`."""
+    journal = Journal(folder, batch=batch)
+    journal.forget(version)
+    return journal.read(*journal.steps())
+
+
 @pytest.mark.parametrize("each_record", [False, True])
 def test_all_that_was_added_comes_back_even_if_nobody_closed_it(tmp_path, each_record):
     journal = filled(tmp_path / "j", each_record=each_record)
     journal.sync(1)
-    paid = Journal(tmp_path / "j", batch=BATCH).recover(0)
+    paid = recovered(tmp_path / "j", 0)
     assert sorted(paid.rollouts) == list(range(8)) and sorted(paid.scores) == [0, 2, 4, 6]
     assert all(same(paid.rollouts[one.rollout.index], one.rollout) for one in CASES)
     assert all(same(scores, CASES[index].teacher) for index, scores in paid.scores.items())
@@ -51,7 +58,7 @@ def test_a_checkpoint_makes_whole_files_superfluous(tmp_path):
     journal = filled(tmp_path / "j")
     journal.forget(1)
     assert sorted(file.name for file in (tmp_path / "j").iterdir()) == ["step-00000002.bin", "step-00000003.bin"]
-    assert sorted(Journal(tmp_path / "j", batch=BATCH).recover(2).rollouts) == [6, 7]
+    assert sorted(recovered(tmp_path / "j", 2).rollouts) == [6, 7]
     assert [file.name for file in (tmp_path / "j").iterdir()] == ["step-00000003.bin"]
 
 
@@ -67,12 +74,12 @@ def test_a_torn_or_damaged_tail_costs_only_itself(tmp_path_factory, cut, flip, v
     file.write_bytes(data[: len(data) - cut])
     damage = min(flip, len(data) - cut)
     whole = [record for end, record in journals.records(bytes(data)) if end <= damage]
-    paid = Journal(folder, batch=BATCH).recover(0)
+    paid = recovered(folder, 0)
     assert sorted(paid.rollouts) == sorted({r.index for r in whole if hasattr(r, "response_ids")} | set(range(3, 8)))
     assert all(same(rollout, CASES[index].rollout) for index, rollout in paid.rollouts.items())
     again = Journal(folder, batch=BATCH)
     again.add(CASES[2].rollout)  # what was cut off can be written anew, behind what is whole
-    assert 2 in Journal(folder, batch=BATCH).recover(0).rollouts
+    assert 2 in recovered(folder, 0).rollouts
 
 
 @given(st.binary(max_size=300))
@@ -86,7 +93,7 @@ def test_a_record_of_another_step_or_kind_is_left_out(tmp_path):
     filled(tmp_path / "j").close()
     file = tmp_path / "j" / "step-00000003.bin"
     file.write_bytes(journals.frame(CASES[0].rollout) + journals.frame(Stop()) + file.read_bytes())
-    paid = Journal(tmp_path / "j", batch=BATCH).recover(0)
+    paid = recovered(tmp_path / "j", 0)
     assert sorted(paid.rollouts) == list(range(8))
 
 
@@ -102,7 +109,7 @@ def test_pieces_of_a_response_come_back_as_one(tmp_path):
             prompts[i] = replace(prompt, begun_ids=begun)
     journal.add(asyncio.run(backend.generate(prompts[0])))  # its last one
     journal.add(asyncio.run(backend.generate(prompts[2])))
-    paid = Journal(tmp_path / "j", batch=BATCH).recover(0)
+    paid = recovered(tmp_path / "j", 0)
     assert sorted(paid.rollouts) == [0] and sorted(paid.begun) == [1, 2]
     assert len(paid.rollouts[0].response_ids) == 8 and paid.rollouts[0].finish_reason == "stop"
     assert np.array_equal(paid.begun[1].response_ids, prompts[1].begun_ids) and len(prompts[1].begun_ids) == 6
@@ -123,4 +130,4 @@ def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert (tmp_path / "j" / "step-00000001.bin").stat().st_size == size
     journal.add(CASES[1].rollout)
-    assert same(Journal(tmp_path / "j", batch=BATCH).recover(0).rollouts[1], CASES[1].rollout)
+    assert same(recovered(tmp_path / "j", 0).rollouts[1], CASES[1].rollout)

@@ -35,7 +35,7 @@ def test_broken_runs_come_out_whole(tmp_path):
     no_teacher = ("estimator.name=sft", "teacher.backend=none")  # noise needs none, and this saves its start
     setups = {
         0: replace(setup, only=("damage",)),
-        4: replace(setup, only=("stop",)),  # of the teacher, which is replaced
+        5: replace(setup, only=("stop",)),  # at max_lag 4
         2: replace(setup, only=("noise",), settings=no_teacher),
     }
     with ThreadPoolExecutor(len(setups)) as pool:
