@@ -49,4 +49,5 @@ def test_a_piece_that_does_not_fit_is_none_and_one_that_starts_anew_replaces():
     first, second, third = pieces(4, Needs())
     for begun, piece in ((None, second), (first, third), (joined(first, second), second), (replace(first, finish_reason="length"), second)):
         assert joined(begun, piece) is None
+    assert joined(first, replace(second, logp=np.zeros(4, np.float32))) is None
     assert joined(joined(first, second), first) is first
