@@ -327,7 +327,6 @@ class _NoRecovery:
     before = beginning("")
     learner_folder = None
     digest = ""
-    paid = Paid()
 
     def due(self, version: int) -> bool:
         """Never."""
@@ -336,6 +335,10 @@ class _NoRecovery:
     def metrics(self, report: StepReport) -> dict[str, float | None]:
         """None."""
         return {}
+
+    async def paid(self, step: int) -> Paid:
+        """Nothing."""
+        return Paid()
 
     async def keep(self, record: Rollout | TeacherScores) -> None:
         """Nowhere."""
