@@ -245,9 +245,10 @@ def _step(arguments: argparse.Namespace) -> None:
     folder, last = Path(config.run.dir), "evaluate" if config.eval.prompts else "controller"
     try:
         if arguments.role == "controller":
-            with alone_in(folder), Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress:
+            with alone_in(folder):
                 rewind(config, folder)  # a job that was requeued goes on behind its last checkpoint
-                run_step(config, arguments.role, progress.update)
+                with Progress(folder / "metrics.jsonl", config.loop.steps, console()) as progress:
+                    run_step(config, arguments.role, progress.update)
         else:
             run_step(config, arguments.role, lambda: None)
     except KeyboardInterrupt:
