@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "/usr/sbin/slurmctld", "/usr/sbin/slurmd", "/usr/sbin/munged")
+KILL_WAIT_S = 5  # between SLURM's SIGTERM and its SIGKILL
 _CONF = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -32,6 +33,7 @@ SchedulerParameters=bf_interval=1
 ReturnToService=2
 EnforcePartLimits=ALL
 MpiDefault=none
+KillWait={kill_wait_s}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
@@ -55,7 +57,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     ports = dict(zip(("control", "first", "second"), _free_ports(3)))
     (folder / "state").mkdir(parents=True)
     conf = folder / "slurm.conf"
-    conf.write_text(_CONF.format(folder=folder, user=getpass.getuser(), address=_second_address(), **ports))
+    conf.write_text(_CONF.format(folder=folder, user=getpass.getuser(), address=_second_address(), kill_wait_s=KILL_WAIT_S, **ports))
     environment = {"SLURM_CONF": str(conf)}
     _munge()
     variables = {**os.environ, **environment}

@@ -76,7 +76,8 @@ class Bench:
             time.sleep(0.5)
 
     def start_again(self, job):
-        """Now; SLURM by itself would let a requeued job wait for two minutes, so that its former attempt is over."""
+        """Sooner than the two minutes for which SLURM lets a requeued job wait: it kills what is left by the job's number."""
+        time.sleep(cluster.KILL_WAIT_S + 2)
         self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def log(self, name):
