@@ -4,6 +4,7 @@ Model, optimizer (float32 masters and moments) and counters stand in a format th
 every rank too, which only the same split can use. All methods are collectives: every rank calls them in the same order.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -48,6 +49,7 @@ class TrainingState:
         self._writing: Path | None = None
         self._queue = AsyncCallsQueue()
         _make_results_queue()
+        gc.freeze()  # Megatron collects garbage at every save; what is there by now lives on, and is not to be looked through each time
 
     def save(self, folder: Path, counters: dict[str, int]) -> None:
         """Begins to write into an empty folder; a forked process does it while training goes on. `finish` waits for it."""
