@@ -179,7 +179,8 @@ class Controller:
 
     async def _sample(self, rollouts: Samplers, prompt: Prompt, response: Rollout | None) -> Rollout:
         """A whole response, piece by piece where `rollout.piece_tokens` says so, behind the one that an interrupted run has begun."""
-        while response is None or (response.finish_reason == "unfinished" and not fault_of(response, self._limits)):
+        piece = response
+        while response is None or (response.finish_reason == "unfinished" and not fault_of(piece, self._limits)):
             begun_ids = response.response_ids if response is not None else None
             piece = await rollouts.ask(Generate(prompt=replace(prompt, begun_ids=begun_ids)), self._config.rollout.timeout_s)
             await self._recovery.keep(piece)

@@ -60,6 +60,11 @@ class Prompt:
     completion_ids: np.ndarray | None = None  # [R] int32, with the end-of-sequence id; for supervised training only
     begun_ids: np.ndarray | None = None  # [R] int32, tokens of its response that are there already: it is to go on behind them
 
+    @property
+    def begun(self) -> int:
+        """How many tokens of its response are there already."""
+        return 0 if self.begun_ids is None else len(self.begun_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:

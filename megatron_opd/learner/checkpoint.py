@@ -48,13 +48,13 @@ class TrainingState:
         self._parallel = parallel
         self._writing: Path | None = None
         self._queue = AsyncCallsQueue()
-        _make_results_queue()
         gc.freeze()  # Megatron collects garbage at every save; what is there by now lives on, and is not to be looked through each time
 
     def save(self, folder: Path, counters: dict[str, int]) -> None:
         """Begins to write into an empty folder; a forked process does it while training goes on. `finish` waits for it."""
         assert self._writing is None, f"{self._writing} is still being written"
         state = self._state(is_loading=False) | {"counters": counters, "layout": asdict(self._parallel)}
+        _make_results_queue()
         with _named(folder):
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
             self._queue.schedule_async_request(request)

@@ -224,13 +224,9 @@ def tokens_of(prompt: Prompt) -> TokensPrompt:
     return TokensPrompt(prompt_token_ids=prompt.token_ids.tolist() + begun)
 
 
-def _begun(prompt: Prompt) -> int:
-    return 0 if prompt.begun_ids is None else len(prompt.begun_ids)
-
-
 def sampling_params(settings: EngineSettings, key: str, prompt: Prompt) -> SamplingParams:
     """How the request of a prompt is sampled; `key` names what is recorded beside it."""
-    rollout, needs, begun = settings.rollout, settings.needs, _begun(prompt)
+    rollout, needs, begun = settings.rollout, settings.needs, prompt.begun
     (seed,) = np.random.SeedSequence((settings.seed, prompt.index, *([begun] if begun else []))).generate_state(1)
     left = rollout.max_response_tokens - begun
     return SamplingParams(
@@ -251,7 +247,7 @@ def rollout_of(
     settings: EngineSettings, prompt: Prompt, completion: CompletionOutput, recorded: tuple[np.ndarray, np.ndarray] | None
 ) -> Rollout:
     """A finished request as the rest of the house knows it; `recorded` are ids and log-probs [R, head + draws]."""
-    head, needs, begun = settings.needs.head, settings.needs, _begun(prompt)
+    head, needs, begun = settings.needs.head, settings.needs, prompt.begun
     is_cut = completion.finish_reason == "length" and begun + len(completion.token_ids) < settings.rollout.max_response_tokens
     ids, logp = recorded if recorded is not None else (None, None)
     drawn = merge(ids[:, head:], logp[:, head:]) if needs.draws else (None, None, None, None)

@@ -55,7 +55,7 @@ class ScriptedRollout:
         stopped = wanted < longest
         if stopped:
             ids[-1] = settings.end_id
-        begun = 0 if prompt.begun_ids is None else len(prompt.begun_ids)
+        begun = prompt.begun
         assert begun == 0 or (ids[:begun] == prompt.begun_ids).all(), "what was begun is not this prompt's"
         end = min(length, begun + (settings.piece_tokens or length))
         segments = await self._emit(range(begun, end), prompt.index)

@@ -92,11 +92,7 @@ class Hub:
         self._socket.curve_publickey, self._socket.curve_secretkey = zmq.auth.load_certificate(keys / "controller.key_secret")
         self._socket.curve_server = True
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        _notice_silence(self._socket, silent_s)
+        _set_up(self._socket, silent_s)
         self._on_loss = on_loss
         self._peers: dict[bytes, Peer] = {}
         self.changed = asyncio.Condition()  # notified whenever a peer comes or is lost
@@ -359,7 +355,12 @@ class AsyncDesk:
         self._socket.close()
 
 
-def _notice_silence(socket: zmq.Socket, silent_s: float) -> None:
+def _set_up(socket: zmq.Socket, silent_s: float) -> None:
+    """What both ends have in common."""
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, round(silent_s * 1000 / 3))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(silent_s * 1000 * 2 / 3))
 
@@ -369,11 +370,7 @@ def _dial(context: zmq.Context, keys: Path, address: Address, silent_s: float) -
     dealer = context.socket(zmq.DEALER)
     dealer.curve_serverkey = zmq.auth.load_certificate(keys / "controller.key")[0]
     dealer.curve_publickey, dealer.curve_secretkey = zmq.auth.load_certificate(keys / "role.key_secret")
-    _notice_silence(dealer, silent_s)
-    dealer.setsockopt(zmq.LINGER, 1000)
-    dealer.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
-    dealer.setsockopt(zmq.SNDHWM, 0)
-    dealer.setsockopt(zmq.RCVHWM, 0)
+    _set_up(dealer, silent_s)
     monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
     dealer.connect(f"tcp://{address.host}:{address.port}")
     return dealer, monitor
