@@ -66,7 +66,9 @@ class Shadow:
                 vars(live)[name] = value
 
     def forget(self) -> None:
-        """Lets go of all tensors."""
+        """Lets go of all tensors. The loaders of the live ones are bound to these copies, which must not hold those before."""
+        for _, module, _ in self._pairs:
+            module._parameters.clear()
         self._pairs.clear()
         self._copies.clear()
         self._parameters.clear()

@@ -1,5 +1,7 @@
 """The shadow on vLLM's own modules, without an engine: live weights stay as they are until the swap, then nothing of them is left."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,20 @@ def test_staging_changes_no_bit_and_the_swap_changes_every_module(loaded, kind, 
         shadow.swap()
         shadow.forget()
         assert all(same(first.outputs(), after))
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_of_weights_that_were_swapped_away_nothing_stays(loaded, kind):
+    first, second = loaded(kind, "float32")
+    before = []
+    for path in (second.path, first.path, second.path):
+        before += map(weakref.ref, first.model.parameters())
+        shadow = first.shadow(path)
+        shadow.swap()
+        shadow.forget()
+        del shadow
+        gc.collect()
+        assert not [ref for ref in before if ref() is not None], "loaders of the live weights hold older ones"
 
 
 def test_a_parameter_that_got_no_weights_is_named(loaded):
