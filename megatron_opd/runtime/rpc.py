@@ -2,13 +2,15 @@
 
 The controller binds one ROUTER socket (`Hub`); every role connects a DEALER (`Desk`) and says Hello. Only the controller
 asks, only roles answer. Frames: request id, kind (hello | ask | probe | answer | setback | failure), message name, message body.
-A setback is a failure that its role survives. Probes say nothing: they find out whether a connection still stands.
+A Hello has the schema of all messages for an id, and its sender for a name. A setback is a failure that its role survives. Probes
+say nothing: they find out whether a connection still stands.
 """
 
 import asyncio
 import errno
 import itertools
 import json
+import logging
 import os
 import socket as sockets
 import time
@@ -26,6 +28,7 @@ from megatron_opd.errors import ConfigError, HungUpError, PeerError, SetbackErro
 from megatron_opd.runtime import wire
 from megatron_opd.types import Address, Hello
 
+_LOG = logging.getLogger(__name__)
 _ZAP = "inproc://zeromq.zap.01"  # where libzmq looks for the authenticator of a context
 _MAX_MESSAGE_BYTES = 16 << 30
 _PROBE_S = 0.5
@@ -43,7 +46,7 @@ class Peer:
 
     def __init__(self, hub: "Hub", identity: bytes, hello: Hello) -> None:
         self.hello = hello
-        self.name = f"{hello.role} {hello.replica} (pid {hello.pid} on {hello.host})"
+        self.name = _title(hello)
         self.outstanding = 0
         self.busy_s = 0.0  # wall seconds with at least one request outstanding
         self.lost = ""  # why nobody may ask it any more
@@ -95,7 +98,8 @@ class Hub:
         _set_up(self._socket, silent_s)
         self._on_loss = on_loss
         self._peers: dict[bytes, Peer] = {}
-        self.changed = asyncio.Condition()  # notified whenever a peer comes or is lost
+        self.changed = asyncio.Condition()  # notified whenever a peer comes, is refused or is lost
+        self._refused = ""  # why the last one was
         self._answers: dict[bytes, tuple[Peer, asyncio.Future]] = {}
         self._ids = itertools.count()
         self._notices: set[asyncio.Task] = set()
@@ -128,12 +132,13 @@ class Hub:
         """All replicas of a role, once they have said Hello.
 
         Raises:
-            PeerError: some did not come in time; the message says which.
+            PeerError: some did not come in time, and the message says which; or one speaks another version's messages.
         """
-
         try:
             async with asyncio.timeout(timeout_s), self.changed:
-                await self.changed.wait_for(lambda: len(self.live(role)) >= count)
+                await self.changed.wait_for(lambda: self._refused or len(self.live(role)) >= count)
+            if self._refused:
+                raise PeerError(self._refused)
         except TimeoutError:
             missing = sorted(set(range(count)) - {p.hello.replica for p in self.live(role)})
             raise PeerError(f"{role} {missing} did not report within {timeout_s:g} s; see the log of each") from None
@@ -218,7 +223,7 @@ class Hub:
         while True:
             identity, number, kind, name, body = await self._socket.recv_multipart()
             if kind == b"hello":
-                await self._welcome(Peer(self, identity, wire.decode(name, body)))
+                await self._welcome(identity, number, name, body)
                 continue
             if identity in self._peers:
                 self._peers[identity]._heard = time.monotonic()
@@ -234,11 +239,19 @@ class Hub:
                 error = SetbackError if kind == b"setback" else PeerError
                 answer.set_exception(error(f"{peer.name}: {body.decode()}"))
 
-    async def _welcome(self, peer: Peer) -> None:
+    async def _welcome(self, identity: bytes, schema: bytes, name: bytes, body: bytes) -> None:
+        if schema != wire.SCHEMA:
+            self._refused = (
+                f"{name.decode()} has messages of schema {schema.decode() or 'none'}, this controller has {wire.SCHEMA.decode()}; "
+                "install the same version of megatron_opd for all roles, on all nodes"
+            )
+            _LOG.error(self._refused)
+            return await self._notify()
+        peer = Peer(self, identity, wire.decode(b"Hello", body))
         for other in self.live(peer.hello.role):
             if other.hello.replica == peer.hello.replica:
                 self._fail(other, f"{other.name} was replaced by {peer.name}")
-        self._peers[peer._identity] = peer
+        self._peers[identity] = peer
         await self._notify()
 
 
@@ -377,7 +390,11 @@ def _dial(context: zmq.Context, keys: Path, address: Address, silent_s: float) -
 
 
 def _greeting(hello: Hello) -> list[bytes]:
-    return [b"", b"hello", *wire.encode(hello)]
+    return [wire.SCHEMA, b"hello", _title(hello).encode(), wire.encode(hello)[1]]
+
+
+def _title(hello: Hello) -> str:
+    return f"{hello.role} {hello.replica} (pid {hello.pid} on {hello.host})"
 
 
 def _request(frames: list[bytes]) -> tuple[bytes, Any] | None:

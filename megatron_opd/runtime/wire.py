@@ -3,9 +3,11 @@
 A message is named by its class and decoded against that class's annotations, so a wrong field never gets past here.
 """
 
+import hashlib
 from typing import Any
 
 import msgspec
+import msgspec.inspect
 import numpy as np
 
 from megatron_opd import types
@@ -21,6 +23,9 @@ _MESSAGES = {
         types.Done, types.SaveCheckpoint, types.FinishCheckpoint, types.Saved, types.LoadCheckpoint, types.SetAside,
     )
 }  # fmt: skip
+
+# Of all messages and their fields: two sides that differ in it would misread each other.
+SCHEMA = hashlib.blake2b(repr(msgspec.inspect.multi_type_info(_MESSAGES.values())).encode(), digest_size=8).hexdigest().encode()
 
 
 def encode(message: object) -> tuple[bytes, bytes]:

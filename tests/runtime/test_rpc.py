@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from megatron_opd.errors import ConfigError, PeerError, SetbackError
-from megatron_opd.runtime import rpc
+from megatron_opd.runtime import rpc, wire
 from megatron_opd.types import Address, Done, Export, HostTransport, SendWeights, Stop
 
 
@@ -97,6 +97,25 @@ def test_a_stranger_with_other_keys_is_never_heard(tmp_path):
             with pytest.raises(PeerError, match="did not report"):
                 await hub.peers("learner", 1, 0.5)
             desk.close()
+
+    asyncio.run(main())
+
+
+def test_a_role_of_another_version_is_refused_by_name_at_once(tmp_path, monkeypatch):
+    async def main():
+        rpc.make_keys(tmp_path / "keys")
+        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
+            good, bad = (rpc.Desk(tmp_path / "keys", hub.address, rpc.hello("rollout", i), context=zmq.Context()) for i in range(2))
+            good.greet()
+            await hub.peers("rollout", 1, 60)
+            monkeypatch.setattr(wire, "SCHEMA", b"another")
+            bad.greet()
+            monkeypatch.undo()
+            with pytest.raises(PeerError, match=r"rollout 1 .* has messages of schema another, this controller has .* install the same"):
+                await asyncio.wait_for(hub.peers("rollout", 2, 60), 10)
+            assert [peer.hello.replica for peer in hub.live("rollout")] == [0], "the others are still heard"
+            good.close()
+            bad.close()
 
     asyncio.run(main())
 
