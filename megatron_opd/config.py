@@ -283,7 +283,7 @@ class CheckpointConfig:
 class SupervisionConfig:
     """What is survived while a run is on. A dead controller is not: `train --resume` goes on from what it left."""
 
-    restarts: int = 3  # of the learner and each replica; 0: the first death ends the run, as it does with loop.exact_lag
+    restarts: int = 5  # of the learner and each replica; 0: the first death ends the run, as it does with loop.exact_lag
     backoff_s: float = 1.0  # before a replica's first restart, doubled before each further one
     silent_s: float = 30.0  # a process that is stopped or unreachable for so long counts as dead
     disk_wait_s: float = 3600.0  # how long a run waits for room on a full disk

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from megatron_opd.config import Config
 from megatron_opd.data.faults import Limits, fault_of
 from megatron_opd.data.prompts import PromptSource
-from megatron_opd.errors import CheckpointError, GuardError, LearnerLostError, PeerError, StalenessError
+from megatron_opd.errors import CheckpointError, GuardError, LearnerLostError, PeerError, StalenessError, UnfitError
 from megatron_opd.fleet import Fleet, Samplers, Seat
 from megatron_opd.guard import Guard
 from megatron_opd.metrics import StepLog
@@ -160,13 +160,17 @@ class Controller:
         paid = await self._recovery.paid(prompt.index // self._config.loop.batch + 1)
         if prompt.index in paid.set_aside:
             return None
-        rollout = paid.rollouts.pop(prompt.index, None) or await self._generate(prompt, paid.begun.pop(prompt.index, None))
-        if await self._unfit(rollout, rollout):
-            return None
-        if self._roles.teachers is None:
-            return Trajectory(rollout=rollout, teacher=None)
-        scores = paid.scores.pop(prompt.index, None) or await self._score(self._roles.teachers, rollout)
-        return None if await self._unfit(rollout, scores) else Trajectory(rollout=rollout, teacher=scores)
+        rollout = None
+        try:
+            rollout = paid.rollouts.pop(prompt.index, None) or await self._generate(prompt, paid.begun.pop(prompt.index, None))
+            self._check(rollout)
+            if self._roles.teachers is None:
+                return Trajectory(rollout=rollout, teacher=None)
+            scores = paid.scores.pop(prompt.index, None) or await self._score(self._roles.teachers, rollout)
+            self._check(scores)
+        except UnfitError as error:
+            return await self._recovery.set_aside(prompt, rollout, str(error))
+        return Trajectory(rollout=rollout, teacher=scores)
 
     async def _generate(self, prompt: Prompt, begun: Rollout | None = None) -> Rollout:
         if self._roles.rollouts is not None:
@@ -193,12 +197,10 @@ class Controller:
         await self._recovery.keep(scores)
         return scores
 
-    async def _unfit(self, rollout: Rollout, made: Rollout | TeacherScores) -> bool:
-        """Whether the rollout had to be set aside for what was made."""
-        fault = fault_of(made, self._limits) if self._roles.rollouts is not None else None
-        if fault is not None:
-            await self._recovery.set_aside(rollout, fault)
-        return fault is not None
+    def _check(self, made: Rollout | TeacherScores) -> None:
+        """Raises UnfitError for what must not be trained on. Completions that came with the prompts were checked with them."""
+        if self._roles.rollouts is not None and (fault := fault_of(made, self._limits)):
+            raise UnfitError(fault)
 
     async def _train(self, export_path: str, asked: asyncio.Event) -> None:
         for version in range(self._version + 1, self._config.loop.steps + 1):

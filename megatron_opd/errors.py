@@ -33,6 +33,10 @@ class SetbackError(PeerError):
     """A peer could not do what it was asked, says why, and goes on."""
 
 
+class UnfitError(OPDError):
+    """A prompt cannot be trained on, for what became of it or of those who worked on it. The run goes on without it."""
+
+
 class LearnerLostError(PeerError):
     """The learner failed or vanished. Another one may take its place, from the last checkpoint."""
 

@@ -6,16 +6,20 @@ the launcher starts in its place: nobody but the caller of `ask` waits meanwhile
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from megatron_opd.errors import LearnerLostError, PeerError, SetbackError
+from megatron_opd.errors import LearnerLostError, PeerError, SetbackError, UnfitError
 from megatron_opd.runtime.rpc import Hub, Peer
 from megatron_opd.types import Address, HostTransport, JoinTransport, ReceiveWeights, SendWeights
 from megatron_opd.weights.transport import report_loss
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 5  # to bring one version of the weights to those that are there
+_SUSPECT_AFTER = 2  # replicas lost with a request under way: it may be what they die of
+_GUILTY_AFTER = 2  # more, lost right after it was the only suspect to begin
+_WINDOW_S = 1.0, 30.0  # "right after" is twice as long as the request had been under way before, but at least and at most this
 
 
 class Fleet:
@@ -26,19 +30,43 @@ class Fleet:
         self._hub = hub
         self._role = role
         self._replaced_within_s = replaced_within_s
+        self._suspects = asyncio.Lock()
 
     async def ask(self, message: object, timeout_s: float) -> Any:
         """The answer of the least busy replica, or of another one if that one is lost.
 
         Raises:
+            UnfitError: replicas die of this request.
             PeerError: none is left, or replicas are not replaced.
         """
-        while True:
-            peer = await self.free()
+        lived_s = 0.0
+        for _ in range(_SUSPECT_AFTER):
+            peer, asked = await self.free(), time.monotonic()
             try:
                 return await peer.call(message, timeout_s)
             except PeerError as error:
                 self._give_up(peer, error)
+                lived_s = max(lived_s, time.monotonic() - asked)
+        return await self._ask_apart(message, timeout_s, min(max(2 * lived_s, _WINDOW_S[0]), _WINDOW_S[1]))
+
+    async def _ask_apart(self, message: object, timeout_s: float, window_s: float) -> Any:
+        """Many requests are lost with a replica that one of them kills. They begin again one by one, `window_s` apart, which shows it."""
+        guilt, reason = 0, ""
+        while guilt < _GUILTY_AFTER:
+            async with self._suspects:
+                peer = await self.free()
+                call = asyncio.create_task(peer.call(message, timeout_s))
+                try:
+                    ended, _ = await asyncio.wait({call}, timeout=window_s)
+                except asyncio.CancelledError:
+                    call.cancel()
+                    raise
+            try:
+                return await call
+            except PeerError as error:
+                self._give_up(peer, error)
+                guilt, reason = guilt + len(ended), str(error)
+        raise UnfitError(f"{_SUSPECT_AFTER} {self._role}s were lost with it, and {_GUILTY_AFTER} more right after it began: {reason}")
 
     def _give_up(self, peer: Peer, error: PeerError) -> None:
         """A replica that failed once is not asked again: it is ending, or hangs.

@@ -22,7 +22,7 @@ from megatron_opd.errors import CheckpointError, ConfigError, GuardError
 from megatron_opd.runtime.append import append
 from megatron_opd.store.checkpoints import Checkpoints
 from megatron_opd.store.journal import Journal, Paid
-from megatron_opd.types import GuardState, Rollout, RunState, SetAside, StepReport, TeacherScores
+from megatron_opd.types import GuardState, Prompt, Rollout, RunState, SetAside, StepReport, TeacherScores
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -107,22 +107,23 @@ class Recovery:
         if self._journal is not None:
             await self.when_there_is_room(lambda: self._journal.add(record))
 
-    async def set_aside(self, rollout: Rollout, reason: str) -> None:
-        """Puts a prompt into quarantine.
+    async def set_aside(self, prompt: Prompt, response: Rollout | None, reason: str) -> None:
+        """Puts a prompt into quarantine, with the response if there is one.
 
         Raises:
             GuardError: there are more than `guard.set_aside` in it.
         """
-        words = asdict(SetAside(index=rollout.index, reason=reason))
-        words |= {"prompt_ids": rollout.prompt_ids.tolist(), "response_ids": rollout.response_ids.tolist()}
+        aside = SetAside(index=prompt.index, reason=reason)
+        response_ids = response.response_ids.tolist() if response is not None else None
+        words = asdict(aside) | {"prompt_ids": prompt.token_ids.tolist(), "response_ids": response_ids}
         await self.when_there_is_room(lambda: _append(self._quarantine, json.dumps(words).encode() + b"\n"))
         if self._journal is not None:
-            await self.when_there_is_room(lambda: self._journal.add(SetAside(index=rollout.index, reason=reason)))
-        self._set_aside.add(rollout.index)
-        _LOG.warning("prompt %d is set aside: %s", rollout.index, reason)
+            await self.when_there_is_room(lambda: self._journal.add(aside))
+        self._set_aside.add(prompt.index)
+        _LOG.warning("prompt %d is set aside: %s", prompt.index, reason)
         if len(self._set_aside) > self._most_set_aside:
             raise GuardError(
-                f"prompt {rollout.index}: {reason}; with it {len(self._set_aside)} prompts are set aside, more than "
+                f"prompt {prompt.index}: {reason}; with it {len(self._set_aside)} prompts are set aside, more than "
                 f"guard.set_aside={self._most_set_aside}; see {self._quarantine}"
             )
 

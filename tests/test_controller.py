@@ -1,8 +1,10 @@
 """The real controller over real wires, with scripted roles: order, lag and versions under adversarial response lengths."""
 
 import asyncio
+import itertools
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -563,6 +565,32 @@ def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):
     with pytest.raises(ExceptionGroup) as caught:
         play(tmp_path / "limited", 1, ScriptedLearner(), change=poison, sections={"guard": {"set_aside": 1}})
     assert "2 prompts are set aside, more than guard.set_aside=1" in str(caught.value.exceptions)
+
+
+@pytest.mark.parametrize(("replicas", "poison"), [(1, {7}), (2, {7}), (1, {5, 14}), (2, {5, 14})])
+def test_prompts_that_rollouts_die_of_are_set_aside_and_no_others(tmp_path, replicas, poison):
+    """All that is under way on a replica is lost with it, again and again: only what it dies of may pay for that."""
+    deaths = []
+
+    def die(rollout):
+        if rollout.index in poison:
+            deaths.append(rollout.index)
+            raise ValueError("out of memory")
+        return rollout
+
+    async def restart(start, tasks, stop):
+        for number in itertools.count():
+            while len(deaths) <= number:
+                await asyncio.sleep(0.005)
+            tasks[number, "new"] = start(replicas + number)
+
+    learner = ScriptedLearner()
+    play(tmp_path, 3, learner, replicas=replicas, incident=restart, change=die)
+    assert learner.trained == [index for index in range(STEPS * BATCH) if index not in poison]
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["index"] for line in lines} == poison and len(lines) == len(poison)
+    assert all(re.match(r"2 rollouts were lost with it, and 2 more .* rollout \d.*: out of memory", line["reason"]) for line in lines)
+    assert all(line["response_ids"] is None and line["prompt_ids"] == [0, 1, 2] for line in lines)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -15,7 +15,7 @@ from megatron_opd import config as configs
 from megatron_opd import recovery
 from megatron_opd.errors import CheckpointError, ConfigError, GuardError
 from megatron_opd.recovery import Recovery
-from megatron_opd.types import Rollout, Segment, StepReport
+from megatron_opd.types import Prompt, Rollout, Segment, StepReport
 
 
 @pytest.fixture
@@ -34,6 +34,10 @@ def rollout(index):
     ids = np.arange(3, dtype=np.int32)
     start = Segment(first_token=0, version=0)
     return Rollout(index=index, prompt_ids=ids, response_ids=ids, segments=(start,), finish_reason="stop")
+
+
+def prompt(index):
+    return Prompt(index=index, token_ids=np.arange(3, dtype=np.int32))
 
 
 def full_until(times):
@@ -135,13 +139,14 @@ def test_a_metric_that_no_step_reports_is_refused_by_name(settings, tmp_path):
 def test_a_quarantine_counts_each_prompt_once_over_all_processes_of_a_run(settings, tmp_path):
     config = settings(guard={"set_aside": 2})
     for index in (3, 3, 4):
-        asyncio.run(Recovery(config, tmp_path).set_aside(rollout(index), "bad"))
+        asyncio.run(Recovery(config, tmp_path).set_aside(prompt(index), rollout(index) if index == 3 else None, "bad"))
     with (tmp_path / "quarantine.jsonl").open("a") as file:
         file.write('{"index": 9, "rea')  # a crash cut it short
     with pytest.raises(GuardError, match=r"prompt 5: bad; with it 3 prompts are set aside, more than guard.set_aside=2"):
-        asyncio.run(Recovery(config, tmp_path).set_aside(rollout(5), "bad"))
+        asyncio.run(Recovery(config, tmp_path).set_aside(prompt(5), None, "bad"))
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["index"] for line in lines] == [3, 3, 4, 5] and lines[0]["response_ids"] == [0, 1, 2]
+    assert [line["index"] for line in lines] == [3, 3, 4, 5]
+    assert [line["response_ids"] for line in lines] == [[0, 1, 2], [0, 1, 2], None, None]
 
 
 def test_settings_and_prompts_that_make_another_run_are_told_apart(settings, tmp_path):
