@@ -1,10 +1,11 @@
 """Speeds from a finished run, so that a plan of the next one rests on this machine and not on a data sheet.
 
 A synchronous run tells learner and publication apart by itself. What decoding and scoring cost is found by simulating that
-run until it waits and scores as long as it did.
+run until its rollouts and teachers have work at hand as long as they had.
 """
 
 import json
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_opd.plan.simulation import simulate
 from megatron_opd.types import RunSummary
 
 _ROUNDS = 8  # of the search, more than enough
+_COLD_STEPS = 2  # at the start, which are slower than all others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class Measured:
     config: Config
     summary: RunSummary
     mean_length: float  # of responses, over its steps
+    stage_s: dict[str, float]  # of a step, the median over those that are warm: "train", "publish", and the learner's parts
 
 
 def read_run(folder: Path) -> Measured:
@@ -43,11 +46,14 @@ def read_run(folder: Path) -> Measured:
         summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=RunSummary)
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         config = configs.load(folder / "config.yaml")
-    except (OSError, ValueError) as error:
+        warm = [step["stage_seconds"] | step["seconds"] for step in steps[_COLD_STEPS:] or steps]
+        stage_s = {name: statistics.median(step[name] for step in warm) for name in ("train", "publish", "pack", "forward_backward")}
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"plan.calibration={folder} is no finished run: {error}") from error
     if config.loop.max_lag:
         raise ConfigError(f"plan.calibration={folder} ran with loop.max_lag={config.loop.max_lag}; name a run with loop.max_lag=0")
-    return Measured(config=config, summary=summary, mean_length=sum(step["mean_length"] for step in steps) / len(steps))
+    mean_length = statistics.mean(step["mean_length"] for step in steps)
+    return Measured(config=config, summary=summary, mean_length=mean_length, stage_s=stage_s)
 
 
 def calibrated(config: Config, student: Model, teacher: Model | None) -> tuple[Costs, Lengths]:
@@ -77,29 +83,28 @@ def _ranks(config: Config) -> int:
 
 
 def _fitted(run: Measured, lengths: Lengths, folder: Path) -> Costs:
-    config, summary = run.config, run.summary
-    seconds, steps = summary.seconds_by_stage, summary.steps
+    config, summary, steps = run.config, run.summary, run.summary.steps
     tokens = summary.tokens / steps + config.loop.batch * lengths.prompt
-    by_token = seconds["train.pack"] + seconds["train.forward_backward"]
-    wait_s = seconds["wait"] / steps
+    by_token = run.stage_s["pack"] + run.stage_s["forward_backward"]
+    sampling_s = summary.busy_seconds["rollout"] / steps / config.rollout.replicas
     scoring_s = summary.busy_seconds["teacher"] / steps / config.teacher.replicas
-    sequence_s = wait_s / (run.mean_length * (DECODE_BASE + config.loop.batch / config.rollout.replicas))
+    sequence_s = sampling_s / (run.mean_length * (DECODE_BASE + config.loop.batch / config.rollout.replicas))
     costs = Costs(
-        learner_token_s=by_token / steps / tokens,
-        learner_step_s=(seconds["train"] - by_token) / steps,
+        learner_token_s=by_token / tokens,
+        learner_step_s=run.stage_s["train"] - by_token,
         teacher_token_s=scoring_s * config.teacher.replicas / tokens,
         decode_s=sequence_s * DECODE_BASE,
         decode_sequence_s=sequence_s,
         prefill_token_s=0.0,  # in what a decoding step takes
-        publish_s=seconds["publish"] / steps,
+        publish_s=run.stage_s["publish"],
         running=config.rollout.max_running,
     )
     processes = placement.load(folder)
     for _ in range(_ROUNDS):
         found = simulate(config, processes, costs, lengths, 0)
-        waited = found.step_s - costs.learner_step_s - tokens * costs.learner_token_s - costs.publish_s
-        scored = found.outstanding.get("teacher", 0.0) * found.step_s
-        decoding, longer_s = wait_s / waited, (scoring_s - scored) * config.teacher.replicas
+        sampled, scored = (found.outstanding.get(role, 0.0) * found.step_s for role in ("rollout", "teacher"))
+        decoding = sampling_s / sampled if sampled else 0.0
+        longer_s = (scoring_s - scored) * config.teacher.replicas
         costs = replace(
             costs,
             decode_s=costs.decode_s * decoding,

@@ -33,6 +33,7 @@ PAUSE_S = 0.006  # vLLM stops, swaps and starts around a weight update; measured
 
 GPU_RESERVE_BYTES = 4e9  # CUDA context, NCCL, library workspaces, fragmentation; assumed
 CPU_RESERVE_BYTES = 0.6e9  # Python with torch and Megatron; measured here, replaced by tools/plan_check.py's own
+CPU_ACTIVATION_COPIES = 2  # norms, rotation and SwiGLU are not fused there and keep their steps too; from the demo at half its batch
 KERNEL_COPIES = 3  # of a chunk of float32 logits in the kernel doors: logits, probabilities, their gradient
 
 # What a decoding step takes that does not grow with its sequences, in sequences: for runs that speeds are taken from. Of 10, 24, 48, 80 and

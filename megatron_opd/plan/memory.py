@@ -13,7 +13,7 @@ from megatron_opd.config import Config, LearnerConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.model.count import StageCount, count_stages
 from megatron_opd.model.parallel import ParallelConfig
-from megatron_opd.plan.gpus import CPU_RESERVE_BYTES, GPU_RESERVE_BYTES, GPUS, KERNEL_COPIES
+from megatron_opd.plan.gpus import CPU_ACTIVATION_COPIES, CPU_RESERVE_BYTES, GPU_RESERVE_BYTES, GPUS, KERNEL_COPIES
 from megatron_opd.plan.lengths import lengths_of
 from megatron_opd.preflight import load_hf_config
 from megatron_opd.types import Needs
@@ -111,12 +111,13 @@ def _stage(config: Config, settings: LearnerConfig, needs: Needs, student: Model
     rows = chunk * student.arch.vocab / tensor * 4 * KERNEL_COPIES if last else 0.0
     if last and needs.divergence and teacher is not None:  # its LM head, and its logits beside the student's
         rows = 2 * rows + teacher.arch.hidden * teacher.arch.vocab / tensor * BYTES[config.teacher.dtype]
+    copies = CPU_ACTIVATION_COPIES if config.run.device == "cpu" else 1
     optimized = (stage.parameters + (settings.expert_parallel - 1) * stage.expert_parameters) / settings.data_parallel
     return {
         "weights": stage.parameters * width,
         "gradients": stage.parameters * 4,  # float32, one buffer
         "optimizer": optimized * (12 if width == 2 else 8),  # two moments; a master where weights are not
-        "activations": _activations(settings, student.arch, stage, tokens) * width,
+        "activations": _activations(settings, student.arch, stage, tokens) * width * copies,
         "kl_workspace": rows,
         "sync": _sync(config, student),
     }
