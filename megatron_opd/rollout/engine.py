@@ -135,12 +135,14 @@ class VLLMRollout:
 
         Raises:
             WeightSyncError: the update failed. The weights are still the old ones, whole, but the transport is closed.
+            PeerError: the swap failed. Nobody knows which weights each worker has: the engine must not go on.
         """
         engine, seconds = self._engine, {}
 
         async def part(name: str, what: str, call: Awaitable[T]) -> T:
             start = time.perf_counter()
-            answer = await self._ask(f"{what} version {version}", call, error=WeightSyncError)
+            error = WeightSyncError if name == "receive" else PeerError
+            answer = await self._ask(f"{what} version {version}", call, error=error)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             return answer
 

@@ -7,6 +7,7 @@ lists single words: the gap to the word that changed before it, and the new word
 import torch
 from torch import Tensor
 
+HEADER_WORDS = 4
 _GAP = {2: torch.int16, 4: torch.int32}  # bytes of a gap -> how it is stored; the short one wraps and is read without its sign
 
 
@@ -22,6 +23,18 @@ def changes(old: Tensor, new: Tensor) -> tuple[Tensor, int] | None:
     if len(where) * (width + 2) >= new.numel():
         return None
     return torch.cat([gaps.to(_GAP[width]).view(torch.uint8), new_words[where].view(torch.uint8)]), width
+
+
+def header(size: int, width: int) -> Tensor:
+    """[4] int64: what is said before a patch of `size` bytes, or with width 0 before all of the new bytes, said twice."""
+    return torch.tensor([size, width, ~size, ~width])
+
+
+def announced(head: Tensor, most: int) -> tuple[int, int] | None:
+    """Size and width that a header says; None if it is damaged, as `most` bytes at most can follow."""
+    size, width, not_size, not_width = head.tolist()
+    whole = (width == 0 and size == most) or (width in _GAP and 0 <= size < most and size % (width + 2) == 0)
+    return (size, width) if whole and (not_size, not_width) == (~size, ~width) else None
 
 
 def apply(patch: Tensor, width: int, old: Tensor) -> None:

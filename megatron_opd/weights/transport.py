@@ -254,7 +254,7 @@ class BroadcastSender:
         found = delta.changes(kept[: bucket.payload_bytes], buffer[: bucket.payload_bytes])
         patch, width = found or (buffer[: bucket.payload_bytes], 0)
         kept.copy_(buffer)
-        self._launch(version, bucket, torch.tensor([patch.numel(), width], dtype=torch.int64, device=self._device))
+        self._launch(version, bucket, delta.header(patch.numel(), width).to(self._device))
         self._launch(version, bucket, torch.cat([patch, buffer[bucket.payload_bytes :]]))
 
     def _launch(self, version: int, bucket: Bucket, buffer: torch.Tensor) -> None:
@@ -445,10 +445,12 @@ class BroadcastReceiver:
         """Returns what is wrong; from there on buckets are taken off the wire and dropped."""
         broken = ""
         for bucket in update.plan():
-            head = torch.empty(2, dtype=torch.int64, device=self._device)
+            head = torch.empty(delta.HEADER_WORDS, dtype=torch.int64, device=self._device)
             self._expect(update.version, bucket, head)
             self._arrived(update.version)
-            size, width = head.tolist()
+            if (announced := delta.announced(head, bucket.payload_bytes)) is None:  # nobody knows how much comes: no resync on this group
+                raise self._lost(update.version, bucket, RuntimeError(f"the head of a patch reads {head.tolist()}, which is damaged"))
+            size, width = announced
             patch = torch.empty(size + buckets.TRAILER_BYTES, dtype=torch.uint8, device=self._device)
             self._expect(update.version, bucket, patch)
             self._arrived(update.version)

@@ -398,6 +398,32 @@ class _Endless:
         pass
 
 
+class _Torn:
+    """An engine of which one worker dies at one call of an update."""
+
+    def __init__(self, at):
+        self.at, self.engine_core = at, self
+
+    async def collective_rpc(self, name, args=()):
+        if name == self.at:
+            raise RuntimeError("worker 1 died")
+        return [True, True]
+
+    async def pause_scheduler_async(self, **words):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("at", "error"), [("opd_begin_update", WeightSyncError), ("opd_update_ready", WeightSyncError), ("opd_swap", PeerError)]
+)
+def test_an_update_that_fails_before_the_swap_is_a_setback_and_in_it_the_engines_end(at, error):
+    settings = EngineSettings(
+        rollout=RolloutConfig(), path=str(Path("examples/arithmetic/models/student")), needs=Needs(), max_model_len=64
+    )
+    with pytest.raises(error, match=r"version 3: worker 1 died"):
+        asyncio.run(VLLMRollout(settings, _Torn(at), 1).receive_weights(3))
+
+
 def test_a_role_that_is_stopped_amid_responses_ends_well(tmp_path, monkeypatch):
     config = load(Path("examples/arithmetic/config.yaml"), [f"run.dir={tmp_path}"])
 

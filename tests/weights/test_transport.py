@@ -256,6 +256,29 @@ def test_a_damaged_patch_brings_everything_again_by_itself(pool, monkeypatch, nu
     assert_same(third, versions[2])
 
 
+@pytest.mark.parametrize(("number", "word"), [(1, 0), (3, 1), (7, 0)])
+def test_a_damaged_head_of_a_patch_ends_the_update_by_name(pool, monkeypatch, number, word):
+    """How many bytes come behind it is not known any more."""
+    real, sent = transport._Flight, []
+
+    def faulty(group, bucket, buffer):
+        if group.rank() == 0:
+            sent.append(buffer)
+            if len(sent) == 4 + number:
+                buffer[word] ^= 4
+        return real(group, bucket, buffer)
+
+    monkeypatch.setattr(transport, "_Flight", faulty)
+    source, versions = sender(delta=True), series()
+    future = pool.submit(receive, receiver(source.listen(1)), 0, 1)
+    source.send(0, MANIFEST, versions[0])
+    told = rf"version 1, bucket {number // 2} .*the head of a patch reads .*damaged"
+    with pytest.raises(WeightSyncError, match=told):
+        source.send(1, MANIFEST, versions[1])
+    with pytest.raises(WeightSyncError, match=told):
+        future.result(TIMEOUT_S)
+
+
 def test_a_patch_that_is_damaged_at_one_of_two_receivers_brings_everything_again_to_both(pool, monkeypatch):
     real, applied = transport.delta.apply, []
 
