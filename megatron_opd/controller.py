@@ -109,7 +109,6 @@ class Controller:
         if self._recovery.learner_folder is not None:
             await self._ask_learner(LoadCheckpoint(path=str(self._recovery.learner_folder), version=self._version))
         await self._publish(self._version)
-        self._recovery.stop_waiting = stop.is_set
         self._started = time.monotonic()
         for peer in self._roles.hub.everyone():
             peer.busy_s = 0.0

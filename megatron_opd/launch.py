@@ -23,6 +23,7 @@ from megatron_opd.config import CheckpointConfig, Config, fixed, load, to_yaml
 from megatron_opd.errors import ConfigError, HungUpError, OPDError
 from megatron_opd.placement import Process
 from megatron_opd.recovery import rewind
+from megatron_opd.runtime import whole
 from megatron_opd.runtime.environment import environment
 from megatron_opd.runtime.report import READY, REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
@@ -152,8 +153,7 @@ def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = Fa
             raise ConfigError(f"run.dir={folder} is not empty; name a new directory, remove the old run, or go on with it by --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml.partial").write_text(to_yaml(config))
-        (folder / "config.yaml.partial").rename(folder / "config.yaml")  # first: it says that this is a run's directory
+        whole.write(folder / "config.yaml", to_yaml(config).encode())  # first: it says that this is a run's directory
         (folder / "logs").mkdir(exist_ok=True)
         make_keys(folder / "keys")
         placement.save(processes, folder)
@@ -164,11 +164,10 @@ def prepare(config: Config, processes: tuple[Process, ...], *, resume: bool = Fa
 
 def _clear_failed_start(folder: Path) -> None:
     """Removes what a run left that ended before its first step; a directory with anything else in it stays as it is."""
-    configs = {"config.yaml", "config.yaml.partial"}
-    made = configs | {"controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
-    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    made = {"config.yaml", "controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
+    found = {entry.name.removesuffix(".partial") for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
-    if found & configs and found <= made and not (steps.exists() and steps.stat().st_size):
+    if "config.yaml" in found and found <= made and not (steps.exists() and steps.stat().st_size):
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 

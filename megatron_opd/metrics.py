@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_opd.runtime.append import append
+from megatron_opd.runtime.whole import append
 from megatron_opd.types import StepReport
 
 _LOG = logging.getLogger(__name__)

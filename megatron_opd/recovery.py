@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from megatron_opd.config import Config, fixed
 from megatron_opd.errors import CheckpointError, ConfigError, GuardError
-from megatron_opd.runtime.append import append
+from megatron_opd.runtime.whole import append
 from megatron_opd.store.checkpoints import Checkpoints
 from megatron_opd.store.journal import Journal, Paid
 from megatron_opd.types import GuardState, Prompt, Rollout, RunState, SetAside, StepReport, TeacherScores
@@ -34,8 +34,8 @@ T = TypeVar("T")
 class Recovery:
     """The run directory as a memory."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        """Reads what an earlier process of this run has left; there may be nothing.
+    def __init__(self, config: Config, folder: Path, *, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Reads what an earlier process of this run has left; there may be nothing. Once `hurried`, nothing waits for room on the disk.
 
         Raises:
             ConfigError: it was left by a run with other settings.
@@ -55,7 +55,7 @@ class Recovery:
             self.learner_folder, self.before = found
         if self.before.settings != self.digest:
             raise ConfigError(f"{folder} holds a run with other settings or prompts; see its config.yaml")
-        self.stop_waiting: Callable[[], bool] = lambda: False  # for room on a full disk
+        self._hurried = hurried
         on = config.checkpoint.journal != "off"
         each = config.checkpoint.journal == "record"
         self._journal = Journal(folder / "journal", batch=config.loop.batch, settings=self.digest, each_record=each) if on else None
@@ -168,7 +168,7 @@ class Recovery:
                 return await asyncio.to_thread(write) if aside else write()
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if not full or time.monotonic() > deadline or self.stop_waiting():
+                if not full or time.monotonic() > deadline or self._hurried():
                     raise
                 _LOG.warning("the run waits for room on the disk of %s: %s", self._folder, error)
             await asyncio.sleep(_POLL_S)

@@ -22,7 +22,7 @@ from megatron_opd.errors import CheckpointError, UnsavedError, WeightSyncError
 from megatron_opd.interfaces import RolloutBackend, TeacherBackend
 from megatron_opd.placement import Process
 from megatron_opd.preflight import build_estimator, check, load_heldout, load_hf_config, needs_of
-from megatron_opd.runtime import report, rpc
+from megatron_opd.runtime import report, rpc, whole
 from megatron_opd.runtime.collective import Ranks
 from megatron_opd.runtime.imports import load_object
 from megatron_opd.runtime.nvtx import mark_operations
@@ -100,7 +100,7 @@ async def _control(config: Config) -> None:
             asyncio.get_running_loop().add_signal_handler(number, asked.set)
         rpc.publish_address(folder / "controller.json", hub.address)
         checked = await asyncio.to_thread(check, config)
-        recovery = await asyncio.to_thread(Recovery, config, folder)
+        recovery = await asyncio.to_thread(Recovery, config, folder, hurried=asked.is_set)
         roles = await _assemble(config, hub, replaced=replaced)
         log = StepLog(folder, version=recovery.before.version, size=recovery.before.metrics_bytes)
         prompts = PromptSource(checked.records, seed=config.run.seed, shuffle=config.data.shuffle)
@@ -475,6 +475,4 @@ def _evaluate(config: Config, process: Process) -> None:
 
 
 def _write(file: Path, summary: RunSummary) -> None:
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))
-    partial_file.rename(file)
+    whole.write(file, msgspec.json.format(msgspec.json.encode(summary), indent=1))

@@ -66,8 +66,7 @@ def test_a_full_disk_is_waited_for_and_not_for_ever(settings, tmp_path, monkeypa
 
 def test_a_wait_for_room_ends_with_the_run(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(recovery, "_POLL_S", 0.01)
-    asked = Recovery(settings(), tmp_path)
-    asked.stop_waiting = lambda: True
+    asked = Recovery(settings(), tmp_path, hurried=lambda: True)
     with pytest.raises(OSError, match="No space left"):
         asyncio.run(asked.when_there_is_room(full_until(5)))
 

@@ -25,7 +25,7 @@ import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from megatron_opd.errors import ConfigError, HungUpError, PeerError, SetbackError, WireError
-from megatron_opd.runtime import wire
+from megatron_opd.runtime import whole, wire
 from megatron_opd.types import Address, Hello
 
 _LOG = logging.getLogger(__name__)
@@ -416,11 +416,9 @@ def _gone(address: Address) -> HungUpError:
 
 
 def publish_address(file: Path, address: Address) -> None:
-    """Writes an address where the other roles of the run look for it, all at once or not at all."""
-    partial = file.with_suffix(f".{os.getpid()}")
+    """Writes an address where the other roles of the run look for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps({"host": address.host, "port": address.port}))
-    partial.rename(file)
+    whole.write(file, json.dumps({"host": address.host, "port": address.port}).encode())
 
 
 def await_address(file: Path, timeout_s: float) -> Address:

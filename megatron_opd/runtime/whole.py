@@ -1,7 +1,8 @@
-"""Appending to a file all or nothing, so that a full disk leaves no half of anything behind."""
+"""Files all or nothing: neither a full disk nor a crash leaves half of anything behind."""
 
 import errno
 import os
+from pathlib import Path
 from typing import BinaryIO
 
 
@@ -20,3 +21,10 @@ def append(file: BinaryIO, data: bytes, *, sync: bool = False) -> None:
     except OSError:
         file.truncate(end)
         raise
+
+
+def write(file: Path, data: bytes) -> None:
+    """Makes or replaces a file; who reads it meanwhile sees the old one or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(data)
+    partial.rename(file)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from megatron_opd.errors import ConfigError, WireError
 from megatron_opd.runtime import wire
-from megatron_opd.runtime.append import append
+from megatron_opd.runtime.whole import append
 from megatron_opd.store.pieces import joined
 from megatron_opd.types import Rollout, SetAside, TeacherScores
 

@@ -7,7 +7,6 @@ dict in memory; here the same torch writer asks for one tensor after the other, 
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_opd.errors import CheckpointError
+from megatron_opd.runtime import whole
 from megatron_opd.types import TensorSpec
 from megatron_opd.weights.mapping import Parameter
 
@@ -202,9 +202,7 @@ def write_checkpoint(
 def _write_once(record: Path, writer: FileSystemWriter, plan: SavePlan, planner: DefaultSavePlanner) -> list[Any]:
     """What the writer says of the plan's file, now or when it was finished; `record` appears after the file."""
     if not record.exists():
-        partial = record.with_suffix(".partial")
-        partial.write_bytes(pickle.dumps(writer.write_data(plan, planner).wait()))
-        os.rename(partial, record)
+        whole.write(record, pickle.dumps(writer.write_data(plan, planner).wait()))
     return _Plain(io.BytesIO(record.read_bytes())).load()
 
 

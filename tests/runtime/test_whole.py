@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_opd.runtime.whole import write
+
 IN_A_PROCESS_OF_ITS_OWN = """
 import resource, signal, sys
-from megatron_opd.runtime.append import append
+from megatron_opd.runtime.whole import append
 
 path, sync = sys.argv[1], sys.argv[2] == "True"
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -33,3 +36,18 @@ def test_all_or_nothing(tmp_path, sync):
     command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, str(tmp_path / "file"), str(sync)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_file_is_replaced_at_once_or_stays_as_it_was(tmp_path, monkeypatch):
+    write(tmp_path / "a.json", b"old")
+
+    def crash(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+    monkeypatch.undo()
+    write(tmp_path / "a.json", b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_bytes() == b"new"
