@@ -108,8 +108,8 @@ class End:
     def __init__(self, rank: int, folder: str, pipe: Connection) -> None:
         self.rank, self.folder, self.pipe = rank, folder, pipe
         self.manifest, self.tensors = read_model(folder)
-        self.size = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.flat = torch.zeros(self.size, dtype=torch.uint8)
+        self.flat = torch.cat([tensor.view(torch.uint8).flatten() for tensor in self.tensors.values()])  # zeros would be one page, in cache
+        self.size = self.flat.nbytes
         store = dist.FileStore(f"{folder}/store", 2)
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=TIMEOUT_S)
