@@ -472,7 +472,9 @@ def fill(text: str, sections: dict[str, str]) -> str:
 
 def _setting(out: Path, cells: list[dict]) -> str:
     settings = json.loads((out / "settings.json").read_text())
-    lines = [f"- {len(cells)} cells in {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours"]
+    seconds = [cell["seconds"] for cell in cells]
+    time = f"a median of {statistics.median(seconds):.0f} s and {sum(seconds) / 3600:.1f} hours together, each on one core"
+    lines = [f"- {len(cells)} cells, {time}, at times beside other work"]
     if whole := next((cell for cell in cells if cell["accuracy_before"] is not None), None):
         before = f"{100 * whole['accuracy_before']:.1f} % before, at a KL of {whole['kl_before']:.3f}"
         lines.append(f"- the student solves {before}; the teacher {100 * whole['teacher_accuracy']:.1f} %")
