@@ -498,7 +498,7 @@ def plot_lags(figures: dict, file: Path) -> None:
         axis.set_xticks(np.log2(np.array(sorted(LAGS)) + 1), labels=sorted(LAGS))
         axis.grid(alpha=0.3)
         if axis.lines and row == 0:
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", loc=(0.76, 0.42))  # where no line passes
         if column == 0:
             axis.set_ylabel(labels[key])
     axes[1, 0].set_yscale("log")
