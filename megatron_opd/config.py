@@ -283,7 +283,9 @@ class CheckpointConfig:
 class SupervisionConfig:
     """What is survived while a run is on. A dead controller is not: `train --resume` goes on from what it left."""
 
-    restarts: int = 5  # of the learner and each replica; 0: the first death ends the run, as it does with loop.exact_lag
+    restarts: int = (
+        5  # of the learner and each replica; all again after ten good minutes; 0 (as loop.exact_lag has it): a death ends the run
+    )
     backoff_s: float = 1.0  # before a replica's first restart, doubled before each further one
     silent_s: float = 30.0  # a process that is stopped or unreachable for so long counts as dead
     disk_wait_s: float = 3600.0  # how long a run waits for room on a full disk
@@ -463,7 +465,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(words)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"config file {path} or an override of it cannot be read: {error}") from error
     if not isinstance(given, DictConfig):
         raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(given).__name__}")

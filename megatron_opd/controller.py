@@ -162,11 +162,11 @@ class Controller:
         rollout = None
         try:
             rollout = paid.rollouts.pop(prompt.index, None) or await self._generate(prompt, paid.begun.pop(prompt.index, None))
-            self._check(rollout)
+            self._check(rollout, rollout)
             if self._roles.teachers is None:
                 return Trajectory(rollout=rollout, teacher=None)
             scores = paid.scores.pop(prompt.index, None) or await self._score(self._roles.teachers, rollout)
-            self._check(scores)
+            self._check(scores, rollout)
         except UnfitError as error:
             return await self._recovery.set_aside(prompt, rollout, str(error))
         return Trajectory(rollout=rollout, teacher=scores)
@@ -183,7 +183,7 @@ class Controller:
     async def _sample(self, rollouts: Samplers, prompt: Prompt, response: Rollout | None) -> Rollout:
         """A whole response, piece by piece where `rollout.piece_tokens` says so, behind the one that an interrupted run has begun."""
         piece = response
-        while response is None or (response.finish_reason == "unfinished" and not fault_of(piece, self._limits)):
+        while response is None or (response.finish_reason == "unfinished" and not fault_of(piece, piece, self._limits)):
             begun_ids = response.response_ids if response is not None else None
             piece = await rollouts.ask(Generate(prompt=replace(prompt, begun_ids=begun_ids)), self._config.rollout.timeout_s)
             await self._recovery.keep(piece)
@@ -196,9 +196,10 @@ class Controller:
         await self._recovery.keep(scores)
         return scores
 
-    def _check(self, made: Rollout | TeacherScores) -> None:
+    def _check(self, made: Rollout | TeacherScores, rollout: Rollout) -> None:
         """Raises UnfitError for what must not be trained on. Completions that came with the prompts were checked with them."""
-        if self._roles.rollouts is not None and (fault := fault_of(made, self._limits)):
+        given = made is rollout and self._roles.rollouts is None
+        if not given and (fault := fault_of(made, rollout, self._limits)):
             raise UnfitError(fault)
 
     async def _train(self, export_path: str, asked: asyncio.Event) -> None:
@@ -238,7 +239,10 @@ class Controller:
             take.cancel()
             stop.cancel()
         if not batch:
-            raise GuardError(f"all prompts of step {version} were set aside; see quarantine.jsonl in {self._config.run.dir}")
+            raise GuardError(
+                f"all prompts of step {version} were set aside; see quarantine.jsonl in {self._config.run.dir}, mend what it says, remove "
+                f"journal/step-{version:08}.bin there, and go on with --resume"
+            )
         await self._recovery.settle(version)
         return batch
 

@@ -18,8 +18,8 @@ from megatron_opd.weights.transport import report_loss
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 5  # to bring one version of the weights to those that are there
 _SUSPECT_AFTER = 2  # replicas lost with a request under way: it may be what they die of
-_GUILTY_AFTER = 2  # more, lost right after it was the only suspect to begin
-_WINDOW_S = 1.0, 30.0  # "right after" is twice as long as the request had been under way before, but at least and at most this
+_GUILTY_AFTER = 2  # more, lost while it was alone on them
+_POLL_S = 0.05
 
 
 class Fleet:
@@ -30,43 +30,60 @@ class Fleet:
         self._hub = hub
         self._role = role
         self._replaced_within_s = replaced_within_s
-        self._suspects = asyncio.Lock()
+        self._trial = asyncio.Lock()
+        self._apart: Peer | None = None  # who is for a suspect alone
+        self._found = 0  # requests that replicas die of
 
     async def ask(self, message: object, timeout_s: float) -> Any:
         """The answer of the least busy replica, or of another one if that one is lost.
+
+        What was under way on the second replica that is lost with it is suspect: one of it is what they die of, perhaps. Suspects begin
+        again one by one, alone on a replica, until one is found guilty. That one has lived equally long each time, so it waits least.
 
         Raises:
             UnfitError: replicas die of this request.
             PeerError: none is left, or replicas are not replaced.
         """
-        lived_s = 0.0
-        for _ in range(_SUSPECT_AFTER):
-            peer, asked = await self.free(), time.monotonic()
+        while True:
+            lives = []
+            while len(lives) < _SUSPECT_AFTER:
+                peer, asked = await self.free(), time.monotonic()
+                try:
+                    return await peer.call(message, timeout_s)
+                except PeerError as error:
+                    self._give_up(peer, error)
+                    lives.append(time.monotonic() - asked)
+            found = self._found
+            await asyncio.sleep(max(lives) - min(lives))
+            async with self._trial:
+                if self._found == found:
+                    return await self._try(message, timeout_s)
+
+    async def _try(self, message: object, timeout_s: float) -> Any:
+        reason = ""
+        for _ in range(_GUILTY_AFTER):
             try:
+                peer = await self._alone()
                 return await peer.call(message, timeout_s)
             except PeerError as error:
                 self._give_up(peer, error)
-                lived_s = max(lived_s, time.monotonic() - asked)
-        return await self._ask_apart(message, timeout_s, min(max(2 * lived_s, _WINDOW_S[0]), _WINDOW_S[1]))
+                reason = str(error)
+            finally:
+                self._apart = None
+        self._found += 1
+        raise UnfitError(
+            f"{_SUSPECT_AFTER} {self._role}s were lost with it, and {_GUILTY_AFTER} more that had nothing else to do: {reason}"
+        )
 
-    async def _ask_apart(self, message: object, timeout_s: float, window_s: float) -> Any:
-        """Many requests are lost with a replica that one of them kills. They begin again one by one, `window_s` apart, which shows it."""
-        guilt, reason = 0, ""
-        while guilt < _GUILTY_AFTER:
-            async with self._suspects:
-                peer = await self.free()
-                call = asyncio.create_task(peer.call(message, timeout_s))
-                try:
-                    ended, _ = await asyncio.wait({call}, timeout=window_s)
-                except asyncio.CancelledError:
-                    call.cancel()
-                    raise
-            try:
-                return await call
-            except PeerError as error:
-                self._give_up(peer, error)
-                guilt, reason = guilt + len(ended), str(error)
-        raise UnfitError(f"{_SUSPECT_AFTER} {self._role}s were lost with it, and {_GUILTY_AFTER} more right after it began: {reason}")
+    async def _alone(self) -> Peer:
+        """A replica that has nothing to do, and gets nothing else while it is `_apart`."""
+        while True:
+            self._apart = peer = await self.free()
+            while peer.outstanding and not peer.lost:
+                await asyncio.sleep(_POLL_S)
+            if not peer.lost:
+                return peer
+            self._apart = None
 
     def _give_up(self, peer: Peer, error: PeerError) -> None:
         """A replica that failed once is not asked again: it is ending, or hangs.
@@ -88,9 +105,9 @@ class Fleet:
         Raises:
             PeerError: none came in time.
         """
-        while not self._ready():
-            await self._replacement()
-        return min(self._ready(), key=lambda peer: peer.outstanding)
+        while not (ready := [peer for peer in self._ready() if peer is not self._apart]):
+            await (asyncio.sleep(_POLL_S) if self._ready() else self._replacement())
+        return min(ready, key=lambda peer: peer.outstanding)
 
     async def _replacement(self) -> None:
         """Waits until one is ready, or has come and is being made so, or is lost again."""
@@ -102,7 +119,8 @@ class Fleet:
                 await self._hub.changed.wait_for(lambda: self._ready() or bool(self._hub.live(self._role)) != coming)
         except TimeoutError:
             raise PeerError(
-                f"no {self._role} is left, and none was started in {self._replaced_within_s:g} s; see the logs of the {self._role}s"
+                f"no {self._role} is left, and none was started in {self._replaced_within_s:g} s; "
+                f"{self._hub.refused or f'see the logs of the {self._role}s'}"
             ) from None
 
 

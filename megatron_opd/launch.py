@@ -33,6 +33,7 @@ LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself w
 SLURM_JOB_END_TIME = "SLURM_JOB_END_TIME"  # seconds since the epoch
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL
 _DISTANCE = {RuntimeError.__name__: 2, HungUpError.__name__: 3}  # what a rank raises when a neighbour died, a role when the controller did
+_SOUND_S = 600.0  # who ran for so long has all its restarts again
 _GRACE_S = 60.0  # for the others to end after the controller has, on cores that may have other work
 _TERMINATE_S = 3.0  # between SIGTERM and SIGKILL
 
@@ -167,7 +168,8 @@ def _clear_failed_start(folder: Path) -> None:
     made = {"config.yaml", "controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
     found = {entry.name.removesuffix(".partial") for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
-    if "config.yaml" in found and found <= made and not (steps.exists() and steps.stat().st_size):
+    paid = folder.is_dir() and any(folder.glob("journal/step-*.bin"))
+    if "config.yaml" in found and found <= made and not paid and not (steps.exists() and steps.stat().st_size):
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
@@ -308,6 +310,9 @@ class Children:
         time.sleep(1.0)  # the cause and those it took with it die within moments: let all of them speak
         failed = [child for child in self._children if child.failed]
         replicas = {(child.process.role, child.process.replica) for child in failed}
+        for child in failed:
+            if time.monotonic() > child.started_s + _SOUND_S:
+                self._restarts.pop((child.process.role, child.process.replica), None)
         begun = (self._folder / "metrics.jsonl").exists()
         spent = any(self._restarts[replica] >= self._config.restarts for replica in replicas)
         if not begun or spent or not all(map(self._is_replaceable, failed)):

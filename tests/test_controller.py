@@ -589,7 +589,10 @@ def test_prompts_that_rollouts_die_of_are_set_aside_and_no_others(tmp_path, repl
     assert learner.trained == [index for index in range(STEPS * BATCH) if index not in poison]
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert {line["index"] for line in lines} == poison and len(lines) == len(poison)
-    assert all(re.match(r"2 rollouts were lost with it, and 2 more .* rollout \d.*: out of memory", line["reason"]) for line in lines)
+    assert all(
+        re.match(r"2 rollouts were lost with it, and 2 more that had nothing else to do: rollout \d.*: out of memory", line["reason"])
+        for line in lines
+    )
     assert all(line["response_ids"] is None and line["prompt_ids"] == [0, 1, 2] for line in lines)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_opd.types import Rollout, TeacherScores
 
+_BY_DRAW = ("draw_ids", "draw_counts", "draw_logp")  # a row for each distinct draw, not for each token
 _MAY_BE_NO_MASS = ("head_log_rest",)  # the logarithm of nothing is a fact there, not a fault
 
 
@@ -17,15 +18,20 @@ class Limits:
     response_tokens: int
 
 
-def fault_of(made: Rollout | TeacherScores, limits: Limits) -> str | None:
-    """What is wrong with it, or None. Arrays of another length than the response are not looked for: packing asserts them."""
+def fault_of(made: Rollout | TeacherScores, rollout: Rollout, limits: Limits) -> str | None:
+    """What is wrong with a rollout or with its scores, or None."""
+    tokens, draws = len(rollout.response_ids), 0 if rollout.draw_ids is None else len(rollout.draw_ids)
     if isinstance(made, Rollout):
-        tokens = len(made.response_ids)
         if not 1 <= tokens <= limits.response_tokens:
             return f"the response has {tokens} tokens, wanted 1 to {limits.response_tokens} (rollout.max_response_tokens)"
     for name in made.__slots__:
         array = getattr(made, name)
-        if isinstance(array, np.ndarray) and (fault := _fault(name, array, limits)):
+        if not isinstance(array, np.ndarray):
+            continue
+        rows = draws if name in _BY_DRAW else tokens
+        if len(array) != rows and name != "prompt_ids":
+            return f"{name} has {len(array)} rows, wanted {rows} for a response of {tokens} tokens"
+        if fault := _fault(name, array, limits):
             return fault
     return None
 

@@ -99,7 +99,7 @@ class Hub:
         self._on_loss = on_loss
         self._peers: dict[bytes, Peer] = {}
         self.changed = asyncio.Condition()  # notified whenever a peer comes, is refused or is lost
-        self._refused = ""  # why the last one was
+        self.refused = ""  # why the last one that was refused was
         self._answers: dict[bytes, tuple[Peer, asyncio.Future]] = {}
         self._ids = itertools.count()
         self._notices: set[asyncio.Task] = set()
@@ -136,9 +136,9 @@ class Hub:
         """
         try:
             async with asyncio.timeout(timeout_s), self.changed:
-                await self.changed.wait_for(lambda: self._refused or len(self.live(role)) >= count)
-            if self._refused:
-                raise PeerError(self._refused)
+                await self.changed.wait_for(lambda: self.refused or len(self.live(role)) >= count)
+            if self.refused:
+                raise PeerError(self.refused)
         except TimeoutError:
             missing = sorted(set(range(count)) - {p.hello.replica for p in self.live(role)})
             raise PeerError(f"{role} {missing} did not report within {timeout_s:g} s; see the log of each") from None
@@ -221,14 +221,17 @@ class Hub:
 
     async def _read(self) -> None:
         while True:
-            identity, number, kind, name, body = await self._socket.recv_multipart()
+            frames = await self._socket.recv_multipart()
+            if len(frames) != 5:
+                continue  # nothing that a role says
+            identity, number, kind, name, body = frames
             if kind == b"hello":
                 await self._welcome(identity, number, name, body)
                 continue
             if identity in self._peers:
                 self._peers[identity]._heard = time.monotonic()
             peer, answer = self._answers.get(number, (None, None))
-            if answer is None or answer.done():
+            if answer is None or answer.done() or peer._identity != identity:
                 continue
             if kind == b"answer":
                 try:
@@ -241,13 +244,16 @@ class Hub:
 
     async def _welcome(self, identity: bytes, schema: bytes, name: bytes, body: bytes) -> None:
         if schema != wire.SCHEMA:
-            self._refused = (
+            self.refused = (
                 f"{name.decode()} has messages of schema {schema.decode() or 'none'}, this controller has {wire.SCHEMA.decode()}; "
                 "install the same version of megatron_opd for all roles, on all nodes"
             )
-            _LOG.error(self._refused)
+            _LOG.error(self.refused)
             return await self._notify()
-        peer = Peer(self, identity, wire.decode(b"Hello", body))
+        try:
+            peer = Peer(self, identity, wire.decode(b"Hello", body))
+        except WireError as error:
+            return _LOG.error("a role's first message is dropped: %s", error)
         for other in self.live(peer.hello.role):
             if other.hello.replica == peer.hello.replica:
                 self._fail(other, f"{other.name} was replaced by {peer.name}")

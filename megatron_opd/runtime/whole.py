@@ -26,5 +26,8 @@ def append(file: BinaryIO, data: bytes, *, sync: bool = False) -> None:
 def write(file: Path, data: bytes) -> None:
     """Makes or replaces a file; who reads it meanwhile sees the old one or the new one."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(data)
+    with partial.open("wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
     partial.rename(file)

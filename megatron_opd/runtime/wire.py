@@ -44,7 +44,7 @@ def decode(name: bytes, body: bytes) -> Any:
         raise WireError(f"message of unknown kind {name[:40]!r}; both sides must run the same version of megatron_opd")
     try:
         return msgspec.msgpack.decode(body, type=known, dec_hook=_from_wire)
-    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WireError(f"{known.__name__} message of {len(body)} bytes does not decode: {error}") from error
 
 

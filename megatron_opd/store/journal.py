@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_opd.errors import ConfigError, WireError
-from megatron_opd.runtime import wire
+from megatron_opd.runtime import whole, wire
 from megatron_opd.runtime.whole import append
 from megatron_opd.store.pieces import joined
 from megatron_opd.types import Rollout, SetAside, TeacherScores
@@ -88,10 +88,11 @@ class Journal:
 
     def _require(self, settings: str) -> None:
         mark = self._folder / "settings"
-        before = mark.read_text() if mark.exists() else settings
-        if self.steps() and before != settings:
+        before = mark.read_text() if mark.exists() else ""
+        if self.steps() and before not in ("", settings):
             raise ConfigError(f"{self._folder} was filled under other settings or prompts; set back what changed, or name a new run.dir")
-        mark.write_text(settings)
+        if before != settings:
+            whole.write(mark, settings.encode())
 
     def close(self) -> None:
         """Closes the files."""

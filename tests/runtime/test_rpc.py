@@ -120,6 +120,29 @@ def test_a_role_of_another_version_is_refused_by_name_at_once(tmp_path, monkeypa
     asyncio.run(main())
 
 
+def test_what_is_no_message_and_answers_to_others_are_dropped(tmp_path):
+    async def main():
+        rpc.make_keys(tmp_path / "keys")
+        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
+            good, bad = (rpc.Desk(tmp_path / "keys", hub.address, rpc.hello("rollout", i), context=zmq.Context()) for i in range(2))
+            for frames in ([b""], [b"a"] * 9, [wire.SCHEMA, b"hello", b"rollout 1", b"\xc1"], [b"", b"nothing", b"\xff", b""]):
+                bad._socket.send_multipart(frames)
+            bad.greet()
+            good.greet()
+            peers = await hub.peers("rollout", 2, 20)
+            asking = asyncio.create_task(peers[0].call(Stop(), 20))
+            while not (requests := await asyncio.to_thread(good.receive)):
+                await asyncio.sleep(0)
+            bad.fail(requests[0][0], "says another")
+            await asyncio.sleep(0.2)
+            good.answer(requests[0][0], Done())
+            assert await asking == Done()
+            good.close()
+            bad.close()
+
+    asyncio.run(main())
+
+
 def test_keys_are_for_their_owner_only(tmp_path):
     rpc.make_keys(tmp_path / "keys")
     assert (tmp_path / "keys").stat().st_mode & 0o077 == 0

@@ -74,6 +74,11 @@ def test_a_flipped_byte_never_crashes(position, value):
         return
 
 
+def test_nesting_without_end_is_refused():
+    with pytest.raises(WireError, match="does not decode"):
+        wire.decode(b"Rollout", b"\x91" * 1_000_000)
+
+
 def test_unknown_messages_and_objects_are_refused():
     with pytest.raises(WireError, match="unknown kind"):
         wire.decode(b"os.system", b"")
