@@ -5,7 +5,7 @@ import time
 import pytest
 import zmq
 
-from megatron_opd.errors import ConfigError, PeerError, SetbackError
+from megatron_opd.errors import ConfigError, HungUpError, PeerError, SetbackError
 from megatron_opd.runtime import rpc, wire
 from megatron_opd.types import Address, Done, Export, HostTransport, SendWeights, Stop
 
@@ -139,6 +139,50 @@ def test_what_is_no_message_and_answers_to_others_are_dropped(tmp_path):
             assert await asking == Done()
             good.close()
             bad.close()
+
+    asyncio.run(main())
+
+
+async def flipping(port, flips):
+    """A proxy to `port` that flips a byte of whatever comes next from the role once `flips` is set."""
+
+    async def pump(reader, writer, faulty):
+        while data := await reader.read(1 << 16):
+            if faulty and flips.is_set():
+                flips.clear()
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def serve(reader, writer):
+        to_hub = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, to_hub[1], True), pump(to_hub[0], writer, False), return_exceptions=True)
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+def test_a_byte_that_flips_on_the_wire_is_never_read_and_costs_the_role(tmp_path):
+    async def main():
+        rpc.make_keys(tmp_path / "keys")
+        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
+            flips = asyncio.Event()
+            proxy = await flipping(hub.address.port, flips)
+            address = Address(host="127.0.0.1", port=proxy.sockets[0].getsockname()[1])
+            desk = rpc.Desk(tmp_path / "keys", address, rpc.hello("teacher", 0), context=zmq.Context())
+            desk.greet()
+            (peer,) = await hub.peers("teacher", 1, 60)
+            asking = asyncio.create_task(peer.call(Stop(), 60))
+            while not (requests := await asyncio.to_thread(desk.receive)):
+                await asyncio.sleep(0)
+            flips.set()
+            desk.answer(requests[0][0], Done(seconds={"a": 1.0}))
+            with pytest.raises(PeerError, match=r"teacher 0 .* is gone"):
+                await asyncio.wait_for(asking, 20)
+            with pytest.raises(HungUpError, match="closed the connection"):
+                await asyncio.to_thread(desk.receive)
+            desk.close()
+            proxy.close()
 
     asyncio.run(main())
 
