@@ -409,6 +409,7 @@ class Controller:
             busy_seconds=busy,
             overlap=sum(busy.values()) / wall_s,
             hf_export=export_path,
+            set_aside=self._recovery.set_aside_prompts,
         )
 
     async def _account(self, report: StepReport, seconds: dict[str, float], parts: dict[str, float], batch: Sequence[Trajectory]) -> None:

@@ -25,7 +25,7 @@ from megatron_opd.placement import Process
 from megatron_opd.recovery import rewind
 from megatron_opd.runtime import whole
 from megatron_opd.runtime.environment import environment
-from megatron_opd.runtime.report import READY, REPLACE, REPORT_FD
+from megatron_opd.runtime.report import NOTICE, READY, REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
 
 _LOG = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class Children:
         """Replaces what can be replaced, as often as is allowed; who dies before all had reported for the first time can not."""
         for child in self._children:
             for report in _listen(child):
-                self._end(report["pid"], report["message"])
+                self._end(report["pid"], report["message"]) if report["kind"] == REPLACE else self._tell(report["message"])
             wait_s = self._config.run.start_timeout_s
             if child.replacement and not child.ready and time.monotonic() > child.started_s + wait_s:
                 self._end(child.popen.pid, f"it was not ready within {wait_s:g} s")
@@ -379,11 +379,11 @@ def _kill(children: Sequence[Child], number: signal.Signals) -> None:
 
 
 def _listen(child: Child) -> list[dict[str, Any]]:
-    """What came out of the pipe since the last time: requests, which are the caller's; a death is kept for `_cause`."""
+    """What came out of the pipe since the last time: requests and notices, which are the caller's; a death is kept for `_cause`."""
     lines = [json.loads(line) for line in (child.report.read() or b"").splitlines()]
     child.ready |= any(line["kind"] == READY for line in lines)
-    child.reports += [line for line in lines if line["kind"] not in (READY, REPLACE)]
-    return [line for line in lines if line["kind"] == REPLACE]
+    child.reports += [line for line in lines if line["kind"] not in (READY, REPLACE, NOTICE)]
+    return [line for line in lines if line["kind"] in (REPLACE, NOTICE)]
 
 
 def _devices(process: Process) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from megatron_opd.config import Config, fixed
 from megatron_opd.errors import CheckpointError, ConfigError, GuardError
+from megatron_opd.runtime import report
 from megatron_opd.runtime.whole import append
 from megatron_opd.store.checkpoints import Checkpoints
 from megatron_opd.store.journal import Journal, Paid
@@ -66,6 +67,11 @@ class Recovery:
         self._reading = asyncio.Lock()
         self._quarantine = folder / "quarantine.jsonl"
         self._set_aside = _indices(self._quarantine)
+
+    @property
+    def set_aside_prompts(self) -> int:
+        """How many are in quarantine."""
+        return len(self._set_aside)
 
     def due(self, version: int) -> bool:
         """Whether a checkpoint is to be made of this version."""
@@ -157,12 +163,12 @@ class Recovery:
             self._journal.forget(state.version)
 
     async def when_there_is_room(self, write: Callable[[], T], *, aside: bool = False) -> T:
-        """What `write` returns, called in a thread if `aside`. A full disk makes the run wait, which it says, and go on when there is room.
+        """What `write` returns, called in a thread if `aside`. A full disk makes the run wait, which its user is told, until there is room.
 
         Raises:
             OSError: there was none within `supervision.disk_wait_s` or until the run was asked to stop, or it is another error.
         """
-        deadline = time.monotonic() + self._disk_wait_s
+        deadline, told = time.monotonic() + self._disk_wait_s, False
         while True:
             try:
                 return await asyncio.to_thread(write) if aside else write()
@@ -170,7 +176,10 @@ class Recovery:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 if not full or time.monotonic() > deadline or self._hurried():
                     raise
-                _LOG.warning("the run waits for room on the disk of %s: %s", self._folder, error)
+                if not told:
+                    _LOG.warning(words := f"the run waits for room on the disk of {self._folder}: {error}")
+                    report.notify(words)
+                    told = True
             await asyncio.sleep(_POLL_S)
 
     def _require_room(self, needed_bytes: int, what: str) -> None:

@@ -26,5 +26,7 @@ def show(file: Path, console: Console) -> None:
     table.add_row("busy seconds of all roles / wall", f"{s['overlap']:.2f}")
     stages = {name: value for name, value in s["seconds_by_stage"].items() if "." not in name}
     table.add_row("seconds by stage of the loop", ", ".join(f"{name} {value:.1f}" for name, value in stages.items()))
+    if s.get("set_aside"):
+        table.add_row("prompts set aside, see quarantine.jsonl", str(s["set_aside"]))
     table.add_row("Hugging Face export", s["hf_export"])
     console.print(table)

@@ -222,6 +222,7 @@ class RunSummary:
     busy_seconds: dict[str, float]  # role -> s with work at hand, summed over replicas
     overlap: float  # busy seconds of all roles / wall_seconds
     hf_export: str  # Hugging Face folder of the trained student
+    set_aside: int = 0  # prompts that could not be trained on; see quarantine.jsonl
     accuracy_before: float | None = None  # mean verifier score, greedy, held-out prompts
     accuracy_after: float | None = None
     teacher_accuracy: float | None = None

@@ -556,7 +556,7 @@ def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):
         return replace(rollout, logp=rollout.logp * np.float32("nan")) if rollout.index in (5, 6) else rollout
 
     learner = ScriptedLearner()
-    play(tmp_path, 1, learner, change=poison)
+    assert play(tmp_path, 1, learner, change=poison).set_aside == 2
     assert learner.trained == [index for index in range(STEPS * BATCH) if index not in (5, 6)]
     found = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in found) == [5, 6] and "logp holds nan" in found[0]["reason"]

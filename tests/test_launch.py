@@ -170,3 +170,16 @@ def test_a_directory_of_something_else_is_left_alone(make, tmp_path):
     (tmp_path / "run" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="is not empty"):
         make(resume=True)
+
+
+def test_a_notice_of_a_role_reaches_the_user(make, tmp_path, monkeypatch):
+    folder, _ = make(resume=False)
+    speaker = tmp_path / "speaker"
+    speaker.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from megatron_opd.runtime import report; report.notify(\"no room\")'\n")
+    speaker.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(speaker))
+    told = []
+    with Children(folder, configs.load(folder / "config.yaml"), told.append) as children:
+        children.start(next(process for process in placement.load(folder) if process.role == "controller"))
+        children.watch("controller", lambda: None, timeout_s=60)
+    assert told == ["no room"]

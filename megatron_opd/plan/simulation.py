@@ -325,6 +325,7 @@ class _NoRecovery:
     """A simulated run finds nothing and leaves nothing."""
 
     before = beginning("")
+    set_aside_prompts = 0
     learner_folder = None
     digest = ""
 

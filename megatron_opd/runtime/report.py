@@ -1,4 +1,4 @@
-"""What a role tells the process that started it: that it is ready, what it dies of, and whom it wants replaced.
+"""What a role tells the process that started it: that it is ready, what it dies of, whom it wants replaced, what the user should know.
 
 It goes through a pipe, so that a full disk hides nothing.
 """
@@ -10,7 +10,7 @@ import time
 from megatron_opd.errors import OPDError
 
 REPORT_FD = "MEGATRON_OPD_REPORT_FD"  # the pipe's number, where a launcher listens
-READY, REPLACE = "ready", "replace"  # kinds of reports that are no deaths
+READY, REPLACE, NOTICE = "ready", "replace", "notice"  # kinds of reports that are no deaths
 
 
 def has_launcher() -> bool:
@@ -32,6 +32,11 @@ def report_ready() -> None:
 def ask_for_replacement(pid: int, reason: str) -> None:
     """Tells the launcher that a process is of no use any more: it is to be ended, if it still lives, and its replica started anew."""
     _write({"kind": REPLACE, "pid": pid, "message": reason[:3000]})
+
+
+def notify(message: str) -> None:
+    """Tells the launcher what its user is to read at once."""
+    _write({"kind": NOTICE, "message": message[:3000]})
 
 
 def _write(words: dict[str, object]) -> None:
