@@ -1,9 +1,9 @@
 """Which objectives survive stale data: one small student, trained at forced lags by every arm. Two CPU cores, less than 5 hours.
 
-    python tools/staleness_study.py                                     # the published grid, into examples/staleness_study
+    python tools/staleness_study.py                                     # the published grid, into runs/staleness
     python tools/staleness_study.py --quick                             # 2 arms, lags 0 and 4: to see that it works, not to quote
     python tools/staleness_study.py --arms draws,head_tail --lags 0,64 --seeds 1 --out runs/study [key=value ...]
-    python tools/staleness_study.py --report-only --variance FILE --bench FILE
+    python tools/staleness_study.py --out examples/staleness_study --report-only          # the published page, from its cells
 
 A cell is an arm, a lag and a seed: one `megatron-opd train` on the arithmetic example with loop.exact_lag, where every batch is
 trained exactly `lag` steps after it was generated (the first `lag` batches come from version 0). Each cell that has ended is one
@@ -13,7 +13,7 @@ and those that cache ids cache 16 of them per token. A run that stops by itself 
 switched on) is a result: no accuracy, which tables and slopes count as 0. The guards are off, so that a student that collapses is
 measured. Any other failure ends the study.
 
-Written into OUT: cells.csv, lag.png, variance.png (of what `tools/variance.py --json` wrote, with --variance), and README.md, whose
+Written into OUT: cells.csv, lag.png, variance.png (of what `tools/variance.py --json` wrote), and README.md, whose
 figures between markers are replaced while its words stay. The bias of each arm's expected gradient against that of the dense
 reverse KL is enumerated exactly, through the learner's own scoring and estimators, on random policies over 8 ids in float64.
 
@@ -54,7 +54,7 @@ from megatron_opd.learner.scores import Heads, Settings, score
 from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.types import IdSet, MicroBatch, VocabShard
 
-EXAMPLE, HOME = Path("examples/arithmetic"), Path("examples/staleness_study")
+EXAMPLE, HOME, RUNS = Path("examples/arithmetic"), Path("examples/staleness_study"), Path("runs/staleness")
 LAGS = (0, 64, 8, 16, 4, 32, 2, 1)  # in the order of running, so that half a study says something too
 
 
@@ -119,7 +119,7 @@ def main() -> None:
         _pyplot()  # hours are not spent before this is known to work
         if not arguments.report_only:
             study(arguments)
-        report(arguments.out, arguments.variance, arguments.bench, arguments.json)
+        report(arguments.out, arguments.variance, arguments.bench_loop, arguments.json)
     except OPDError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -132,18 +132,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="default: 3 for the first six arms, 1 for the others")
     parser.add_argument("--steps", type=int, help="optimizer steps of a cell; default: 144, more than twice the largest lag")
     parser.add_argument("--jobs", type=int, default=min(2, len(os.sched_getaffinity(0))), help="cells at a time, a core for each")
-    parser.add_argument("--out", type=Path, help=f"default: {HOME}, with --quick runs/staleness_quick")
+    parser.add_argument("--out", type=Path, help=f"default: {RUNS}, with --quick {RUNS}_quick; {HOME} has the published cells")
     parser.add_argument("--quick", action="store_true", help="2 arms, lags 0 and 4, 1 seed, 12 steps, 20 held-out problems")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--variance", type=Path, help="JSON of tools/variance.py")
-    parser.add_argument("--bench", type=Path, help="JSON of tools/bench_loop.py")
+    parser.add_argument("--variance", type=Path, help="JSON of tools/variance.py; default: variance.json in OUT, if it is there")
+    parser.add_argument("--bench-loop", type=Path, help="JSON of tools/bench_loop.py; default: bench_loop.json in OUT, if it is there")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_intermixed_args()
     if arguments.quick:
-        quick = {"arms": "forward_kl,recomputed", "lags": "0,4", "seeds": 1, "steps": 12, "out": Path("runs/staleness_quick")}
+        quick = {"arms": "forward_kl,recomputed", "lags": "0,4", "seeds": 1, "steps": 12, "out": Path(f"{RUNS}_quick")}
         vars(arguments).update({name: value for name, value in quick.items() if getattr(arguments, name) is None})
         arguments.overrides.insert(0, "eval.limit=20")
-    arguments.steps, arguments.out = arguments.steps or 144, arguments.out or HOME
+    arguments.steps, arguments.out = arguments.steps or 144, arguments.out or RUNS
+    for name in ("variance", "bench_loop"):  # of this grid's own, where they stand beside it
+        beside = arguments.out / f"{name}.json"
+        vars(arguments)[name] = getattr(arguments, name) or (beside if beside.exists() else None)
     return arguments
 
 
@@ -403,7 +406,7 @@ def report(out: Path, variance: Path | None = None, bench: Path | None = None, f
         ratios = json.loads(bench.read_text())["async_over_sync"]
         sections["finding 4"] = markdown([["max_lag", "throughput over max_lag 0"], *([lag, f"{x:.2f}"] for lag, x in ratios.items())])
     readme = out / "README.md"
-    text = (readme if readme.exists() else HOME / "README.md").read_text()
+    text = readme.read_text() if readme.exists() else "# A staleness study\n\n" + "\n\n".join(map(_empty, sections)) + "\n"
     readme.write_text(fill(text, sections))
     for title, rows in (("held-out exact match, %", by_lag(figures, ARMS, "accuracy")), ("relative bias of the gradient", biases)):
         table = Table(*rows[0], title=title)
@@ -460,6 +463,10 @@ def by_lag(figures: dict, arms: Iterable[str], key: str) -> list[list[str]]:
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table; the first row is its head."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def _empty(section: str) -> str:
+    return f"## {section.capitalize()}\n\n<!-- figures: {section} -->\n<!-- end -->"
 
 
 def fill(text: str, sections: dict[str, str]) -> str:
