@@ -222,8 +222,8 @@ class Controller:
             wait_s = waited - started + settled - trained
             seconds = {"wait": wait_s, "train": trained - waited, "publish": time.monotonic() - settled}
             await self._account(report, seconds, parts, batch)
-            await self._export_and_guard(report, batch, export_path)
             await self._finish_checkpoint()
+            await self._export_and_guard(report, batch, export_path)
             if self._recovery.due(version):
                 await self._begin_checkpoint()
 
@@ -298,7 +298,7 @@ class Controller:
         try:
             self._guard.watch(report, sum(len(trajectory.rollout.response_ids) for trajectory in batch) / len(batch) if sampled else None)
         except GuardError:
-            await self._export(path)
+            await self._export(f"{path}-stopped")
             raise
 
     async def _export(self, path: str) -> None:

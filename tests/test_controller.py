@@ -18,7 +18,7 @@ from megatron_opd import config as configs
 from megatron_opd.controller import Controller, Roles
 from megatron_opd.data.faults import Limits
 from megatron_opd.data.prompts import PromptSource, Record
-from megatron_opd.errors import PeerError, StalenessError, WeightSyncError
+from megatron_opd.errors import GuardError, PeerError, StalenessError, WeightSyncError
 from megatron_opd.fleet import Fleet, Samplers, Seat
 from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery, rewind
@@ -565,6 +565,17 @@ def test_what_cannot_be_trained_on_is_set_aside_counted_and_limited(tmp_path):
     with pytest.raises(ExceptionGroup) as caught:
         play(tmp_path / "limited", 1, ScriptedLearner(), change=poison, sections={"guard": {"set_aside": 1}})
     assert "2 prompts are set aside, more than guard.set_aside=1" in str(caught.value.exceptions)
+
+
+def test_a_guard_stops_the_run_behind_its_last_good_checkpoint_and_leaves_the_student_that_went_wrong(tmp_path):
+    learner = ScriptedLearner()
+    sections = {"guard": {"window": 2, "length_growth": 3.0}, "checkpoint": {"every_steps": 4}}
+    with pytest.raises(ExceptionGroup) as caught:
+        play(tmp_path, 0, learner, length=lambda index: 5 if index < 8 * BATCH else 40, sections=sections)
+    error = first_of(caught.value)
+    assert isinstance(error, GuardError) and "step 9: responses have grown from 5 to 22 tokens" in str(error)
+    assert learner.exported == [(9, "export-9-stopped")] and learner.version == 9
+    assert max(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == "step-00000008", "begun before, and finished all the same"
 
 
 @pytest.mark.parametrize(("replicas", "poison"), [(1, {7}), (2, {7}), (1, {5, 14}), (2, {5, 14})])

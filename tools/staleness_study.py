@@ -522,7 +522,7 @@ def plot_variance(cache_ids: dict[str, dict[str, float]], file: Path) -> str:
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, label in (("draws", "m draws"), ("head_tail", "head and tail")):
         axis.loglog([12 * int(size) for size in sizes], [cache_ids[size][name] for size in sizes], marker="o", label=label)
-    axis.set(xlabel="cache, bytes per response token", ylabel="total variance of the logit gradient")
+    axis.set(xlabel="cache, 12 bytes an id, per response token (equal draws not merged)", ylabel="total variance of the logit gradient")
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=120)

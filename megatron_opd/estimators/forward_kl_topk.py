@@ -41,5 +41,5 @@ class ForwardKLTopK:
         q_rest_T, logq_rest_T = rest_mass(logq_TK)
         known_T = (logq_TK.exp() * (logq_TK - top.student_logp)).sum(-1)
         loss_T = known_T + q_rest_T * (logq_rest_T - top.student_log_rest)
-        masses = {"support_mass": -torch.expm1(top.student_log_rest.detach().clamp_max(0)), "tail_mass": q_rest_T}
+        masses = {"support_mass": -torch.expm1(top.student_log_rest.detach().clamp_max(0)), "teacher_tail_mass": q_rest_T}
         return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), **masses})

@@ -61,7 +61,7 @@ class HeadTailReverseKL:
             c_T, c_Tm = self._baselines(p_TK.detach(), head_TK, draws.counts, draws_Tm)
             surrogate_T = kl_T + c_T * p_TK.sum(-1) + (weight_Tm * c_Tm).sum(-1)
         loss_T = surrogate_T + (kl_T - surrogate_T).detach()
-        masses = {"support_mass": p_TK.detach().sum(-1), "tail_mass": tail_mass_T}
+        masses = {"support_mass": p_TK.detach().sum(-1), "behaviour_tail_mass": tail_mass_T}
         return Estimate(loss=loss_T, diagnostics={"kl": kl_T.detach(), **masses})
 
     def _baselines(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from megatron_opd.errors import ConfigError
+from megatron_opd.estimators.rest import rest_mass
 from megatron_opd.types import Estimate, Needs, TokenScores
 
 
@@ -37,9 +38,10 @@ class ReverseKLTopK:
     def __call__(self, scores: TokenScores) -> Estimate:
         """The divergence of each target; its gradient is sum p (log p - log q) grad log p, exactly 0 at p = q."""
         head = scores.head
-        assert head is not None and head.teacher_logp is not None, "needs ask for it"
+        assert head is not None and head.behaviour_logp is not None and head.teacher_logp is not None, "needs ask for it"
         logp_TK, logq_TK = (torch.where(scores.mask[:, None], logp, 0.0) for logp in (head.student_logp, head.teacher_logp))
         support_T = logp_TK.detach().exp().sum(-1)
+        behaviour_rest_T, _ = rest_mass(torch.where(scores.mask[:, None], head.behaviour_logp, 0.0))
         if self.rest == "renormalised":
             logp_TK, logq_TK = logp_TK.log_softmax(-1), logq_TK.log_softmax(-1)
         else:
@@ -47,4 +49,5 @@ class ReverseKLTopK:
             rests = (torch.where(scores.mask, rest, 0.0)[:, None] for rest in (head.student_log_rest, head.teacher_log_rest))
             logp_TK, logq_TK = (torch.cat([logp, rest], 1) for logp, rest in zip((logp_TK, logq_TK), rests))
         loss_T = (logp_TK.exp() * (logp_TK - logq_TK).detach()).sum(-1)
-        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), "support_mass": support_T})
+        masses = {"support_mass": support_T, "behaviour_tail_mass": behaviour_rest_T}
+        return Estimate(loss=loss_T, diagnostics={"kl": loss_T.detach(), **masses})

@@ -104,7 +104,7 @@ def test_a_head_over_the_whole_vocabulary_is_the_exact_reverse_kl_whatever_was_d
     (grad,), (exact_grad,) = torch.autograd.grad(estimate.loss.sum(), p), torch.autograd.grad(exact.sum(), p)
     torch.testing.assert_close(grad, exact_grad, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(estimate.diagnostics["support_mass"], torch.ones(T, dtype=torch.float64))
-    assert estimate.diagnostics["tail_mass"].count_nonzero() == 0
+    assert estimate.diagnostics["behaviour_tail_mass"].count_nonzero() == 0
 
 
 def test_draws_that_b_cannot_make_are_harmless_when_the_head_holds_all_of_b():
@@ -125,7 +125,7 @@ def test_diagnostics_name_the_masses_of_head_and_tail():
     found = estimator(scores_for(estimator.needs, p, q, b)).diagnostics
     ids = b.topk(4, -1).indices
     torch.testing.assert_close(found["support_mass"], p.softmax(-1).gather(1, ids).sum(-1))
-    torch.testing.assert_close(found["tail_mass"], 1 - b.softmax(-1).gather(1, ids).sum(-1))
+    torch.testing.assert_close(found["behaviour_tail_mass"], 1 - b.softmax(-1).gather(1, ids).sum(-1))
 
 
 def test_the_advantage_is_a_constant_of_the_gradient():

@@ -6,13 +6,21 @@ from functools import reduce
 import torch
 
 from megatron_opd.types import Estimate, Needs
-from tests.estimators.cases import variant
+from tests.estimators.cases import NO_DIVERGENCE, SUPERVISED, VARIANTS, variant
 
-FROM_HEAD = (
-    "head_tail_reverse_kl", "reverse_kl_topk", "reverse_kl_topk renormalised", "forward_kl_topk", "sampled_reverse_kl", "none", "ppo",
-    "truncated", "decoupled", "m2po", "sequence", "frozen",
-)  # fmt: skip
-FROM_DRAWS = ("draws", "frozen draws ppo", "draws m2po", "dense_kl jsd", "forward_kl_topk")
+# No teacher; not 0 where student and teacher agree; and a run has one divergence, the same door for all kinds.
+_LEFT_OUT = (*SUPERVISED, *NO_DIVERGENCE, "dense_kl forward", "dense_kl skewed")
+
+
+def _from_draws(name):
+    """Draws are either of all of b or of what a head leaves."""
+    needs = variant(name).needs
+    return name == "dense_kl jsd" or bool(needs.draws and not needs.head)
+
+
+_VARIANTS = [name for name in VARIANTS if name not in _LEFT_OUT]
+FROM_DRAWS = ("forward_kl_topk", *filter(_from_draws, _VARIANTS))
+FROM_HEAD = tuple(name for name in _VARIANTS if not _from_draws(name))
 TOLERANCE = 1e-3  # nats
 
 
