@@ -204,10 +204,16 @@ def _stopped(where: str, stop: StopRequest, folder: Path) -> NoReturn:
 
 def _plan(arguments: argparse.Namespace) -> None:
     config = configs.load(arguments.config, arguments.overrides)
+    from megatron_opd.plan.memory import DoesNotFitError
     from megatron_opd.plan.plan import make_plan
     from megatron_opd.plan.show import show
 
-    plan = make_plan(config)
+    try:
+        plan = make_plan(config)
+    except DoesNotFitError as error:
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"fits": False, "reason": str(error)}, indent=1) + "\n")
+        raise
     show(plan, config, console())
     if arguments.json:
         arguments.json.write_text(json.dumps(plan.to_json(), indent=1) + "\n")

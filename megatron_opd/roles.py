@@ -169,6 +169,7 @@ def _learner(config: Config, process: Process) -> None:
         from megatron_opd.rollout.inprocess import InProcessRollout
 
         rollout = InProcessRollout(_engine_settings(config), rank=process.rank)
+        rollout.sleep()  # the learner is built with the device to itself
     else:
         rollout = None
     given = config.teacher if config.teacher.backend != "none" else None

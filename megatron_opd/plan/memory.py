@@ -3,6 +3,7 @@
 Dimension key, as in names: D hidden, F feed-forward, V vocabulary, T tokens of a micro-batch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,13 +76,13 @@ def memory_of(config: Config, needs: Needs, student: Model, teacher: Model | Non
     found = {"learner": learner_memory(config, config.learner, needs, student, teacher)}
     if needs.generation:
         found["rollout"] = _engine(student, config.rollout.dtype, config.rollout.tensor_parallel, config.rollout.kv_cache_bytes)
-        found["rollout"]["sync"] = _sync(config, student)
+        found["rollout"] |= {"sync": _sync(config, student), "next_weights": found["rollout"]["weights"]}  # staged beside those that sample
         if config.run.colocated:
             trained = {name: found["learner"][name] for name in ("weights", "gradients", "optimizer")}
             found["learner"]["sync"] = 0.0
-            found["rollout"] |= {"sync": 0.0, "learner_weights": trained["weights"]}
+            found["rollout"] |= {"sync": 0.0, "next_weights": 0.0, "learner_weights": trained["weights"]}
             whole = student.parameters * BYTES[config.rollout.dtype]
-            found["hand_over"] = trained | {"rollout_weights": found["rollout"]["weights"], "sync": whole}
+            found["hand_over"] = trained | {"rollout_weights": 2 * found["rollout"]["weights"], "sync": whole}  # old and new
     if teacher is not None and config.teacher.backend == "vllm":
         found["teacher"] = _engine(teacher, config.teacher.dtype, config.teacher.tensor_parallel, config.teacher.kv_cache_bytes)
     elif teacher is not None:
@@ -124,9 +125,10 @@ def _stage(config: Config, settings: LearnerConfig, needs: Needs, student: Model
 
 
 def _micro_batch(config: Config, settings: LearnerConfig) -> float:
-    """Tokens of the largest one: as many as are allowed, or all that a data-parallel rank has."""
+    """Tokens of the largest one: as many as are allowed, or all that a data-parallel rank has; a longer sequence makes its own."""
     lengths = lengths_of(config)
-    return min(settings.micro_batch_tokens, config.loop.batch * (lengths.prompt + lengths.response) / settings.data_parallel)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return max(longest, min(settings.micro_batch_tokens, config.loop.batch * (lengths.prompt + lengths.response) / settings.data_parallel))
 
 
 def _activations(settings: LearnerConfig, arch: Architecture, stage: StageCount, tokens: float) -> float:
@@ -169,14 +171,27 @@ def _sync(config: Config, student: Model) -> float:
     return 2.0 * min(largest, student.parameters * width)
 
 
+class DoesNotFitError(ConfigError):
+    """A role needs more memory than its GPU has."""
+
+
 def require_fit(config: Config, needs: Needs, student: Model, teacher: Model | None, memory: dict[str, Memory]) -> None:
-    """Raises ConfigError if a role needs more than its GPU has: the component that breaks it, and the nearest settings that fit."""
+    """Raises DoesNotFitError if a role needs more than its GPU has: the component that breaks it, and the nearest settings that fit."""
     limit = limit_of(config)
+    for role, model in {"rollout": student, "teacher": teacher}.items():
+        settings = getattr(config, role)
+        if role in memory and model is not None and "kv_cache" in memory[role]:
+            cache, least = settings.kv_cache_bytes * settings.tensor_parallel, _least_cache(config, role, model)
+            if cache < least:
+                raise ConfigError(
+                    f"{role}.kv_cache_bytes={settings.kv_cache_bytes} on {settings.tensor_parallel} ranks cannot hold one sequence of "
+                    f"data.max_prompt_tokens + rollout.max_response_tokens; wanted at least {math.ceil(least / settings.tensor_parallel)}"
+                )
     for role, parts in memory.items():
         if sum(parts.values()) > limit:
             remedy = _remedy(config, needs, student, teacher, role, limit)
             components = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-            raise ConfigError(
+            raise DoesNotFitError(
                 f"{role} needs {sum(parts.values()) / 1e9:.1f} GB, a {config.cluster.gpu} has {limit / 1e9:.0f}; most of it is "
                 f"{max(parts, key=lambda name: parts[name])} ({components}); {remedy}"
             )
@@ -211,7 +226,7 @@ def _neighbours(config: Config, role: str, student: Model, teacher: Model | None
     if role == "rollout" or settings.backend == "vllm":
         model = student if role == "rollout" else teacher
         assert model is not None, "there is no teacher role without a teacher"
-        least = (config.data.max_prompt_tokens + config.rollout.max_response_tokens) * model.kv_values * BYTES[settings.dtype]
+        least = _least_cache(config, role, model)
         for tensor in (1,) if role == "rollout" and config.run.colocated else (1, 2, 4, 8):
             for share in (1, 2, 4):
                 cache = settings.kv_cache_bytes // share
@@ -224,6 +239,11 @@ def _neighbours(config: Config, role: str, student: Model, teacher: Model | None
                 changes = {"tensor_parallel": settings.tensor_parallel * tensor, "pipeline_parallel": settings.pipeline_parallel * pipeline}
                 if tensor * pipeline > 1 and changes["tensor_parallel"] <= config.cluster.gpus_per_node:
                     yield _words(role, settings, changes), replace(config, teacher=replace(settings, **changes))
+
+
+def _least_cache(config: Config, role: str, model: Model) -> int:
+    """Bytes, over all tensor ranks, of the keys and values of the longest sequence."""
+    return (config.data.max_prompt_tokens + config.rollout.max_response_tokens) * model.kv_values * BYTES[getattr(config, role).dtype]
 
 
 def _learner_neighbours(config: Config) -> Iterator[tuple[str, Config]]:

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,7 @@ def test_examples_are_whole_fit_their_gpus_and_make_a_job(file):
 def test_the_largest_example_is_counted_on_512_ranks():
     config = load("llama70b_from_405b.yaml", "learner.data_parallel=32", "cluster.nodes=88", "cluster.learner=[]")
     assert config.learner.world_size == 512
+    model_at.cache_clear()  # counts do not tell replicas apart: this one is to be made on all 512
     memory = fit(config)["learner"]
     parameters = 70_553_706_496  # of Llama 3.1 70B, by its safetensors index
     assert memory["weights"] / 2 * 16 == pytest.approx(parameters, rel=0.01)
@@ -99,12 +103,51 @@ def test_of_the_experts_a_token_meets_a_few(tmp_path):
             ["teacher.tensor_parallel=1", "teacher.path=examples/cluster/models/llama-3.1-70b"],
             r"teacher needs .* most of it is weights .*fit: teacher\.tensor_parallel=2",
         ),
+        (
+            ["rollout.kv_cache_bytes=100000000"],
+            r"rollout\.kv_cache_bytes=100000000 on 2 ranks cannot hold one sequence .* wanted at least 671088640",
+        ),
         (["cluster.gpu=h10"], r"cluster\.gpu=h10 is not in the table; use one of a100"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_what_would(overrides, message):
     with pytest.raises(ConfigError, match=message):
         fit(load("qwen32b_from_235b_moe.yaml", *overrides))
+
+
+def command(*words):
+    """A command line in a process of its own: its exit code, what it said, and its peak of memory in bytes."""
+    peak = "import resource, sys; sys.exit(f'peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}' if not code else code)"
+    program = (
+        f"import sys\nfrom megatron_opd.cli import main\ntry:\n    code = main()\nexcept SystemExit as end:\n    code = end.code\n{peak}"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, timeout=120)
+    said = ended.stdout + ended.stderr
+    return int(said.rsplit("peak ", 1)[1]) * 1024 if "peak " in said else None, said
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_are_launched_up_to_sbatch(file):
+    _, said = command("launch", "slurm", file, "--dry-run", "--configs-only")
+    assert "#SBATCH --nodes=" in said and "step learner 0 0" in said, said
+
+
+@pytest.mark.engines
+def test_a_plan_of_70b_on_512_ranks_takes_a_minute_and_little_memory(tmp_path):
+    start = time.monotonic()
+    overrides = ["learner.data_parallel=32", "cluster.nodes=88", *(f"cluster.{role}=[]" for role in ("learner", "rollout", "teacher"))]
+    peak, said = command("plan", "examples/cluster/llama70b_from_405b.yaml", *overrides, "--json", tmp_path / "plan.json")
+    assert peak is not None and peak < 8e9 and time.monotonic() - start < 60, said
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and sum(found["roles"]["learner"]["memory_bytes"].values()) < 80e9
+
+
+def test_a_plan_that_does_not_fit_says_so_in_its_json_too(tmp_path):
+    _, said = command(
+        "plan", "examples/cluster/qwen32b_from_235b_moe.yaml", "rollout.kv_cache_bytes=200000000000", "--json", tmp_path / "plan.json"
+    )
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] is False and found["reason"] in said and "nearest settings" in found["reason"]
 
 
 def test_roles_that_share_a_gpu_are_counted_in_every_turn():
