@@ -155,7 +155,7 @@ class IdScores:
     student_logp: torch.Tensor  # [T, K] float, log p, differentiable
     behaviour_logp: torch.Tensor | None  # [T, K] float, log b
     teacher_logp: torch.Tensor | None  # [T, K] float, log q
-    student_log_rest: torch.Tensor | None = None  # [T] float, log of the student's mass outside the ids, differentiable
+    student_log_rest: torch.Tensor | None = None  # [T] float, log of the student's mass outside the ids, differentiable; -1000 for none
     teacher_log_rest: torch.Tensor | None = None  # [T] float, the same of the teacher
 
 

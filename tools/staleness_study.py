@@ -1,4 +1,4 @@
-"""Which objectives survive stale data: one small student, trained at forced lags by every arm. Two CPU cores, less than 5 hours.
+"""Which objectives survive stale data: one small student, trained at forced lags by every arm. Two CPU cores, 4 to 5 hours.
 
     python tools/staleness_study.py                                     # the published grid, into runs/staleness
     python tools/staleness_study.py --quick                             # 2 arms, lags 0 and 4: to see that it works, not to quote
@@ -127,14 +127,14 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every cell beside the study's own")
-    parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: all")
+    parser.add_argument("--arms", help=f"of {', '.join(ARMS)}, with commas and no spaces; default: all")
     parser.add_argument("--lags", help="optimizer steps, e.g. 0,4,64; default: 0,1,2,4,8,16,32,64")
-    parser.add_argument("--seeds", type=int, help="default: 3 for the first six arms, 1 for the others")
+    parser.add_argument("--seeds", type=int, help=f"default: 3 for {', '.join(MAIN)}; 1 for the others")
     parser.add_argument("--steps", type=int, help="optimizer steps of a cell; default: 144, more than twice the largest lag")
     parser.add_argument("--jobs", type=int, default=min(2, len(os.sched_getaffinity(0))), help="cells at a time, a core for each")
     parser.add_argument("--out", type=Path, help=f"default: {RUNS}, with --quick {RUNS}_quick; {HOME} has the published cells")
     parser.add_argument("--quick", action="store_true", help="2 arms, lags 0 and 4, 1 seed, 12 steps, 20 held-out problems")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; write OUT's README.md, cells.csv and plots again")
     parser.add_argument("--variance", type=Path, help="JSON of tools/variance.py; default: variance.json in OUT, if it is there")
     parser.add_argument("--bench-loop", type=Path, help="JSON of tools/bench_loop.py; default: bench_loop.json in OUT, if it is there")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -505,7 +505,7 @@ def plot_lags(figures: dict, file: Path) -> None:
         axis.set_xticks(np.log2(np.array(sorted(LAGS)) + 1), labels=sorted(LAGS))
         axis.grid(alpha=0.3)
         if axis.lines and row == 0:
-            axis.legend(fontsize="small", loc=(0.76, 0.42))  # where no line passes
+            axis.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above, where no line passes
         if column == 0:
             axis.set_ylabel(labels[key])
     axes[1, 0].set_yscale("log")
@@ -515,23 +515,39 @@ def plot_lags(figures: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def plot_variance(cache_ids: dict[str, dict[str, float]], file: Path) -> str:
-    """Gradient variance against cache bytes, 12 an id (its number, log b and log q); returns the table."""
+def plot_variance(cache_ids: dict[str, dict[str, Any]], file: Path) -> str:
+    """Gradient variance against bytes cached per response token, equal draws stored once; returns the table."""
     plt = _pyplot()
     sizes = sorted(cache_ids, key=int)
+    stored = {int(size): cache_ids[size]["stored"] for size in sizes}  # distinct ids
+    num_bytes = {
+        "draws": [8 + 16 * one["draws"] for one in stored.values()],
+        "head_tail": [8 + 12 * (size // 2) + 16 * (one["head_tail"] - size // 2) for size, one in stored.items()],
+    }
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, label in (("draws", "m draws"), ("head_tail", "head and tail")):
-        axis.loglog([12 * int(size) for size in sizes], [cache_ids[size][name] for size in sizes], marker="o", label=label)
-    axis.set(xlabel="cache, 12 bytes an id, per response token (equal draws not merged)", ylabel="total variance of the logit gradient")
+        axis.loglog(num_bytes[name], [cache_ids[size][name] for size in sizes], marker="o", label=label)
+    axis.set(xlabel="bytes cached per response token", ylabel="total variance of the logit gradient")
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=120)
     plt.close(figure)
-    rows = [["cached ids", "bytes per token", "m draws", "head and tail", "ratio"]]
-    for size in sizes:
-        draws, head_tail = cache_ids[size]["draws"], cache_ids[size]["head_tail"]
-        rows.append([size, str(12 * int(size)), f"{draws:.3g}", f"{head_tail:.3g}", f"{draws / head_tail:.1f}"])
-    return f"![gradient variance against cache bytes]({file.name})\n\n{markdown(rows)}"
+    rows = [["ids", "m draws", "bytes", "head and tail", "bytes", "ratio at equal ids", "at equal storage"]]
+    for number, size in enumerate(sizes):
+        draws, head_tail, same = (cache_ids[size][name] for name in ("draws", "head_tail", "draws_same_storage"))
+        sizes_of = (f"{num_bytes[name][number]:.0f}" for name in ("draws", "head_tail"))
+        rows.append(
+            [
+                size,
+                f"{draws:.3g}",
+                next(sizes_of),
+                f"{head_tail:.3g}",
+                next(sizes_of),
+                f"{draws / head_tail:.1f}",
+                f"{same / head_tail:.1f}",
+            ]
+        )
+    return f"![gradient variance against cached bytes]({file.name})\n\n{markdown(rows)}"
 
 
 def _pyplot() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Gradient variance of m draws against head and tail at equal cache, on real logits. One CPU core, 4 GB, about 5 minutes.
+r"""Gradient variance of m draws against head and tail at equal cache, on real logits. One CPU core, 4 GB, about 5 minutes.
 
     examples/smollm2/run.sh loop.export_every=4 run.dir=RUN
     python tools/variance.py --teacher examples/smollm2/models/teacher --behaviour RUN/hf-28 --student RUN/hf-32 \
@@ -17,11 +17,9 @@ same draws, half head, half tail: "head_tail" is the closed form times that shar
 Duplicate draws are stored once, so m draws fill less than m places: "stored" counts distinct ids, and "draws_same_storage" is
 the variance of as many draws as fill what half head, half tail fills.
 
-When to choose which, by the example above (b at 3.6 nats on average, 1,866 positions): head and tail varies 3.0 times less than m
-draws at 16 ids, 7.2 times at 64 and 14 times at 128; below 2.6 nats 16, 110 and 210 times, above 4.7 nats 1.9, 3.4 and 6.5 times.
-Without the baseline it is 1.7, 4.2 and 7.3 times overall. Half and half is within 10 % of the best split from 16 ids on; smaller
-caches and flatter b want a smaller head. The head alone errs less in one step than either varies, but its bias does not average out
-over tokens and steps.
+When to choose which: see the table in examples/OBJECTIVES.md, made by the example above. Half and half is within 7 % of the best
+split from 16 ids on; smaller caches and flatter b want a smaller head. The head alone errs less in one step than either varies, but its
+bias does not average out over tokens and steps.
 
 JSON: {"cache_ids": {"16": {"draws": v, "head_tail": v, "without_baseline": v, "ratio": x, "splits": {"1/4": v, ...}, "best_head": K,
 "best": v, "topk_bias2": v, "standard_error": {...}, "stored": {...}, "draws_same_storage": v}, ...}, "quartiles": [{"entropy": [from, to],
@@ -60,9 +58,13 @@ MANY = 2 ** torch.arange(0, 15)  # numbers of draws whose storage is known
 TOLERANCE = 1e-3  # nats, between vLLM's log b and that of transformers
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The text above as it stands, and defaults."""
+
+
 def main() -> None:
     """Samples, measures, prints tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     for role, what in {"teacher": "q", "student": "p", "behaviour": "b: an older export of the student's run"}.items():
         parser.add_argument(f"--{role}", required=True, metavar="FOLDER", help=f"Hugging Face folder of {what}")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines")

@@ -54,7 +54,7 @@ def test_an_estimator_of_ones_own_is_named_by_module_or_by_file(tmp_path):
         (
             "zzz",
             {},
-            "known: dense_kl, forward_kl_topk, forward_kl_truncated, head_tail_reverse_kl, reverse_kl_topk, sampled_reverse_kl, sft",
+            "known: " + ", ".join(REGISTRY),
         ),
         ("forward_kl_topk", {"topk": 3}, "unknown setting estimator.settings.topk of forward_kl_topk; did you mean top_k?"),
         ("sft", {"x": 1}, "unknown setting estimator.settings.x of sft; known: none"),
@@ -95,9 +95,14 @@ def test_mixed_estimators_must_agree_on_what_is_cached():
         Mix(first=parts["first"], second=build("sft", {}))
 
 
-def test_the_estimator_that_the_documentation_shows_works_as_it_stands(tmp_path):
+def test_the_estimator_that_the_documentation_shows_works_as_it_stands(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "examples" / "OBJECTIVES.md").read_text()
-    (tmp_path / "alpha.py").write_text(page.split("```python\n")[1].split("```")[0])
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    (tmp_path / "alpha.py").write_text(blocks[0])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[1] + "\ntest_no_loss_where_student_and_teacher_agree()", "OBJECTIVES.md", "exec"), {})
+    with pytest.raises(ConfigError, match=r"alpha=1\.0 must lie between 0 and 1"):
+        build("alpha.py:AlphaDivergence", {"alpha": 1.0})
     estimator = build(f"{tmp_path}/alpha.py:AlphaDivergence", {"top_k": 3})
     p, q = logits(6, 9, 1).requires_grad_(), logits(6, 9, 2)
     assert (estimator(scores_for(estimator.needs, p, q, q)).loss > 0.01).all()

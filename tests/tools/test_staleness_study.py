@@ -147,9 +147,12 @@ def test_the_report_replaces_figures_and_keeps_words(out):
     (out / "README.md").write_text(
         "Words.\n<!-- figures: finding 1 -->\nold\n<!-- end -->\nMore.\n<!-- figures: finding 4 -->\nkept\n<!-- end -->\n"
     )
-    (out / "variance.json").write_text(
-        json.dumps({"cache_ids": {"64": {"draws": 0.18, "head_tail": 0.02}, "16": {"draws": 0.7, "head_tail": 0.2}}})
-    )
+    sizes = {"16": (0.7, 0.2, 0.4, 10, 15), "64": (0.18, 0.02, 0.06, 30, 60)}
+    named = {
+        size: {"draws": draws, "head_tail": head_tail, "draws_same_storage": same, "stored": {"draws": few, "head_tail": many}}
+        for size, (draws, head_tail, same, few, many) in sizes.items()
+    }
+    (out / "variance.json").write_text(json.dumps({"cache_ids": named}))
     study.report(out, out / "variance.json", None, out / "figures.json")
     text = (out / "README.md").read_text()
     assert "| forward_kl | 95.0 ± 1.4 | 90.0 |  | -5.00 |" in text and "| frozen | 80.0 |  | 0.0* | -13.28 |" in text
