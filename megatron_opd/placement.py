@@ -95,6 +95,8 @@ def place(config: Config, resources: Resources, *, generation: bool) -> tuple[Pr
             used[node] += part.width
             dealt = tuple(range(first, first + part.width)) if per_node is not None else ()
             processes.append(_process(part, index, node, dealt, unit))
+    for role in ("learner", "teacher"):
+        _require_whole_tensor_groups(role, getattr(config, role).tensor_parallel, [one for one in processes if one.role == role])
     if config.eval.prompts:
         node = next((process.node for process in processes if process.role == "rollout"), 0)
         processes.append(Process(role="evaluate", index=0, replica=0, rank=0, world_size=1, node=node, cores=()))
@@ -143,6 +145,18 @@ def _process(part: _Part, index: int, node: int, dealt: tuple[int, ...], unit: s
     return Process(
         role=part.role, index=index, replica=replica, rank=rank, world_size=part.world_size, node=node, cores=pinned, devices=devices
     )
+
+
+def _require_whole_tensor_groups(role: str, tensor: int, ranks: list[Process]) -> None:
+    """Tensor-parallel ranks talk in every layer: they have to sit on one node. vLLM, one process with ranks of its own, always does."""
+    world = ranks[0].world_size if ranks else 1
+    for start in range(0, len(ranks) if world > 1 else 0, tensor):
+        if len(nodes := {one.node for one in ranks[start : start + tensor]}) > 1:
+            found = ", ".join(map(str, sorted(nodes)))
+            raise ConfigError(
+                f"{role} ranks {start} to {start + tensor - 1}, a tensor-parallel group, would sit on nodes {found}; "
+                f"make {role}.tensor_parallel={tensor} divide what cluster.{role} leaves of each node"
+            )
 
 
 def _arithmetic(parts: list[_Part], resources: Resources, per_node: int | None, unit: str) -> str:

@@ -100,7 +100,7 @@ def script(config: Config, processes: tuple[Process, ...]) -> str:
     """The whole sbatch script of a run.
 
     Raises:
-        ConfigError: there is no time limit, or the learner's nodes cannot be a component of their own.
+        ConfigError: there is no time limit, no GPU is asked for that is needed, or the learner's nodes cannot be a component of their own.
     """
     settings, count = config.slurm, config.cluster.nodes
     if not settings.time:
@@ -195,6 +195,9 @@ def _first_component(config: Config, processes: tuple[Process, ...]) -> int:
 
 def _directives(config: Config, first: int) -> str:
     settings, second = config.slurm, config.cluster.nodes - first
+    for name in ("options", "hetjob_options")[: 2 if second else 1]:
+        if config.run.device == "cuda" and not any(option.startswith(("--gres", "--gpus")) for option in getattr(settings, name)):
+            raise ConfigError(f"slurm.{name} asks for no GPUs, so a job would start without; add --gres=gpu:{config.cluster.gpus_per_node}")
     log = (Path(config.run.dir) / "job.log").absolute()
     lines = [
         f"--job-name={settings.job_name}",

@@ -104,3 +104,14 @@ def test_a_placement_is_a_value():
     assert "rollout" not in {p.role for p in found}
     with pytest.raises(dataclasses.FrozenInstanceError):
         found[0].node = 1
+
+
+@pytest.mark.parametrize(("role", "taken"), [("learner", {}), ("teacher", {"learner": {"tensor_parallel": 2}})])
+def test_a_tensor_parallel_group_that_would_straddle_nodes_is_refused(role, taken):
+    sections = {"run": {"device": "cuda"}, **taken, role: {"tensor_parallel": 4}}
+    cluster = {"nodes": 3, "gpus_per_node": 3, "rollout": [2]}
+    made = config(**sections, cluster=cluster)
+    with pytest.raises(
+        ConfigError, match=rf"{role} ranks 0 to 3, a tensor-parallel group, would sit on nodes 0, 1; make {role}\.tensor_parallel=4"
+    ):
+        place(made, cluster_resources(made), generation=True)

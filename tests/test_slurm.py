@@ -209,3 +209,13 @@ def test_the_scripts_that_people_read_are_those_that_are_made(monkeypatch, name,
 def test_a_container_wraps_every_step(tmp_path):
     text = script(config(tmp_path, slurm={"container_image": "/images/opd.sqsh", "container_mounts": "/data:/data"}))
     assert "--container-image=/images/opd.sqsh --container-mounts=/data:/data" in text and "megatron-opd step" in text
+
+
+@pytest.mark.parametrize("options", [[], ["--partition=gpu"]])
+def test_a_job_on_gpus_asks_for_them(tmp_path, options):
+    sections = {"run": {"device": "cuda"}, "slurm": {"time": "1:00:00", "options": options}}
+    with pytest.raises(ConfigError, match=r"slurm\.options asks for no GPUs, so a job would start without; add --gres=gpu:8"):
+        script(config(tmp_path, **sections))
+    for asking in ("--gres=gpu:h100:8", "--gpus-per-node=8"):
+        made = config(tmp_path, **sections | {"slurm": {"time": "1:00:00", "options": [*options, asking]}})
+        assert f"#SBATCH {asking}" in script(made)

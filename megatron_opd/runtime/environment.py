@@ -22,7 +22,7 @@ def environment(device: str, host: str = "127.0.0.1") -> dict[str, str]:
     interface = interface_of(host)
     variables = {
         "VLLM_HOST_IP": host,
-        "GLOO_SOCKET_IFNAME": interface,  # else gloo listens wherever the machine's own name leads
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", interface),  # else gloo listens wherever the machine's own name leads
         "HF_HUB_OFFLINE": "1",  # models are folders; nothing is fetched while a run is on
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",  # not ERROR: weights that a reload missed are only warned of
@@ -42,7 +42,7 @@ def environment(device: str, host: str = "127.0.0.1") -> dict[str, str]:
         }
     else:
         variables |= {
-            "NCCL_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", interface),
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's tensor parallelism overlaps only when kernels are queued in order
         }
     return variables
