@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.errors import WeightSyncError
-from megatron_opd.runtime.rendezvous import listening_store
+from megatron_opd.runtime.rendezvous import FarStore, bounded, listening_store
 from megatron_opd.types import Address, TensorSpec
 from megatron_opd.weights import buckets, delta
 from megatron_opd.weights.buckets import Bucket
@@ -342,7 +342,7 @@ class BroadcastReceiver:
         self._flight: _Flight | None = None  # the bucket that is to come
         self._sender = f"sender {address.host}:{address.port}"
         self._group: dist.ProcessGroup | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: FarStore | None = None
         try:
             self._store, self._own_host = _store_at(address, timeout_s)
             self.others = _others(self._store)  # where the senders of the model's other parts listen
@@ -487,7 +487,8 @@ class BroadcastReceiver:
         if self._group is not None:
             return
         try:
-            self._group = _group(self._store, self._own_host, self._rank, self._world_size, self._device, self._timeout_s)
+            place = self._store.store, self._own_host, self._rank, self._world_size, self._device, self._timeout_s
+            self._group = bounded(lambda: _group(*place), 2 * self._timeout_s)
         except RuntimeError as error:
             raise WeightSyncError(f"weights version {version}: no group with {self._sender}: {_first_line(error)}") from error
 
@@ -534,15 +535,17 @@ def report_loss(address: Address, reason: str, *, timeout_s: float = 5.0) -> Non
             _store_at(other, timeout_s)[0].set(_LOST, reason)
 
 
-def _others(store: dist.Store) -> list[Address]:
+def _others(store: FarStore) -> list[Address]:
     return [Address(**words) for words in json.loads(store.get(_BESIDE))]
 
 
-def _store_at(address: Address, timeout_s: float) -> tuple[dist.TCPStore, str]:
+def _store_at(address: Address, timeout_s: float) -> tuple[FarStore, str]:
     """The sender's store, and the address of the interface here that leads to it. Where nobody listens that is told at once."""
     with socket.create_connection((address.host, address.port), timeout=timeout_s) as probe:
         own_host = probe.getsockname()[0]
-    return dist.TCPStore(address.host, address.port, is_master=False, timeout=timedelta(seconds=timeout_s)), own_host
+    limit = timedelta(seconds=timeout_s)
+    store = bounded(lambda: dist.TCPStore(address.host, address.port, is_master=False, timeout=limit), 2 * timeout_s)
+    return FarStore(store, timeout_s), own_host
 
 
 def _group(store: dist.Store, host: str, rank: int, world_size: int, device: str, timeout_s: float) -> dist.ProcessGroup:
@@ -559,9 +562,9 @@ def _group(store: dist.Store, host: str, rank: int, world_size: int, device: str
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def _await_key(store: dist.Store, key: str, timeout_s: float, complaint: str) -> None:
+def _await_key(store: FarStore, key: str, timeout_s: float, complaint: str) -> None:
     try:
-        store.wait([key], timedelta(seconds=timeout_s))
+        store.wait([key])
     except RuntimeError as error:
         raise WeightSyncError(f"{complaint} within {timeout_s:g} s, or its connection broke: {_first_line(error)}") from error
 

@@ -17,7 +17,7 @@ TP2, TIED = {"tensor_parallel": 2}, {"tie_word_embeddings": True}
 CASES = {
     "untied llama, tp2 sp": ("llama", {}, {**TP2, "sequence_parallel": True}, {}, 1, "head"),
     "tied llama, uneven pp2, teacher tp2": ("llama", {**TIED, "num_hidden_layers": 3}, {"pipeline_parallel": 2}, TP2, 1, "draws"),
-    "tied qwen2, tp2, teacher pp2": ("qwen2", TIED, TP2, {"pipeline_parallel": 2}, 1, "head"),
+    "tied qwen2, tp2, changes alone sent, teacher pp2": ("qwen2", TIED, {**TP2, "weight_delta": True}, {"pipeline_parallel": 2}, 1, "head"),
     "untied qwen3, dp2, vllm tp2": ("qwen3", {}, {"data_parallel": 2}, {}, 2, "draws"),
 }
 

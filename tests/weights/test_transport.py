@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -156,6 +159,45 @@ def test_a_silent_sender_is_named():
     end = receiver(source.listen(1))
     with pytest.raises(WeightSyncError, match=r"version 1: sender 127.0.0.1:[0-9]+ announced nothing within 2 s"):
         receive(end, 1)
+
+
+FROZEN = """
+import sys, time
+import torch
+from megatron_opd.types import TensorSpec
+from megatron_opd.weights.transport import BroadcastSender
+
+def slow():
+    yield "a", torch.ones(1024)
+    yield "b", torch.ones(1024)
+    print("on the way", flush=True)
+    time.sleep(600)
+
+sender = BroadcastSender(host="127.0.0.1", device="cpu", bucket_bytes=4096, timeout_s=600)
+print(sender.listen(1).port, flush=True)
+if sys.argv[1] == "amid":
+    sender.send(1, [TensorSpec(name=name, dtype="float32", shape=(1024,)) for name in "abc"], slow())
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("when", "message"), [("before", "announced nothing within 2 s"), ("amid", r"bucket 2 \(first tensor c\)")])
+def test_a_sender_that_is_frozen_is_named_too(when, message):
+    """Its connections stand, and nothing answers: torch's own waits have no limit then."""
+    with subprocess.Popen([sys.executable, "-c", FROZEN, when], stdout=subprocess.PIPE, text=True) as sender:
+        try:
+            end = receiver(Address(host="127.0.0.1", port=int(sender.stdout.readline())))
+            if when == "amid":
+                tensors = end.receive(end.announced(1))
+                assert [next(tensors)[0] for _ in range(2)] == ["a", "b"]
+                assert "on the way" in sender.stdout.readline()
+            sender.send_signal(signal.SIGSTOP)
+            start = time.monotonic()
+            with pytest.raises(WeightSyncError, match=rf"version 1.*{message}"):
+                next(tensors) if when == "amid" else end.announced(1)
+            assert time.monotonic() - start < 15
+        finally:
+            sender.kill()
 
 
 def test_nobody_at_the_address_is_an_error():
