@@ -126,6 +126,7 @@ def command(*words):
     return int(said.rsplit("peak ", 1)[1]) * 1024 if "peak " in said else None, said
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_examples_are_launched_up_to_sbatch(file):
     _, said = command("launch", "slurm", file, "--dry-run", "--configs-only")
@@ -142,6 +143,7 @@ def test_a_plan_of_70b_on_512_ranks_takes_a_minute_and_little_memory(tmp_path):
     assert found["fits"] and sum(found["roles"]["learner"]["memory_bytes"].values()) < 80e9
 
 
+@pytest.mark.engines
 def test_a_plan_that_does_not_fit_says_so_in_its_json_too(tmp_path):
     _, said = command(
         "plan", "examples/cluster/qwen32b_from_235b_moe.yaml", "rollout.kv_cache_bytes=200000000000", "--json", tmp_path / "plan.json"
