@@ -168,8 +168,11 @@ def _run(config: configs.Config, processes: tuple[Process, ...], stop: StopReque
     """Loop and evaluation."""
     there = Path(config.run.dir, "config.yaml").exists()
     folder, version = prepare(config, processes, resume=resume)
+    begins = f"going on behind step {version}" if there else f"nothing to resume in {folder}: starting"
     if not (folder / "summary.json").exists():
-        _loop(config, processes, folder, stop, f"going on behind step {version}" if resume and there else "starting")
+        _loop(config, processes, folder, stop, begins if resume else "starting")
+    elif resume:
+        _tell(f"the run in {folder} has made its {version} steps; raise loop.steps to go on")
     for evaluation in (process for process in processes if process.role == "evaluate"):
         console().print(f"evaluating on {config.eval.prompts}", highlight=False)
         with console().status("evaluating on held-out prompts"), Children(folder, config) as children:

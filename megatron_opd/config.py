@@ -262,8 +262,8 @@ class CheckpointConfig:
     every_steps: int = 50  # and behind the last step; 0: only there, and when the run is asked to stop
     keep: int = 2  # the last so many
     keep_every: int = 0  # and those whose step is a multiple of this, for ever
-    keep_best: int = 0  # and so many whose own step had the lowest `best_by`
-    best_by: str = "loss"  # or one of the diagnostics in metrics.jsonl, e.g. kl
+    keep_best: int = 0  # and so many whose own step had the best `best_by`
+    best_by: str = "loss"  # or a diagnostic: the highest agreement, support_mass or effective_samples, the lowest of any other
     time_limit_s: float = 0.0  # of a `train`; 0: until the end of the SLURM job around it, if any. `launch slurm` has slurm.signal_s
     before_limit_s: float = 300.0  # so long before that limit the run saves and ends, to be resumed; more than one step takes
     journal: Literal["off", "process", "step", "record"] = "step"  # survives a dead process; machine, by step; machine, each record

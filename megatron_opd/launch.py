@@ -297,8 +297,11 @@ class Children:
     def _supervise(self) -> None:
         """Replaces what can be replaced, as often as is allowed; who dies before all had reported for the first time can not."""
         for child in self._children:
+            was_ready = child.ready
             for report in _listen(child):
                 self._end(report["pid"], report["message"]) if report["kind"] == REPLACE else self._tell(report["message"])
+            if child.replacement and child.ready and not was_ready:
+                self._tell(f"{child.process.name} is back, {time.monotonic() - child.started_s:.0f} s after it was started again")
             wait_s = self._config.run.start_timeout_s
             if child.replacement and not child.ready and time.monotonic() > child.started_s + wait_s:
                 self._end(child.popen.pid, f"it was not ready within {wait_s:g} s")

@@ -18,6 +18,7 @@ from megatron_opd.errors import CheckpointError
 from megatron_opd.types import RunState
 
 _NAME = re.compile(r"step-(\d+)")
+_MORE_IS_BETTER = ("agreement", "support_mass", "effective_samples")
 
 
 class Checkpoints:
@@ -95,8 +96,11 @@ class Checkpoints:
 
     def _score(self, folder: Path) -> float:
         """The lower the better."""
-        score = _state(folder).metrics.get(self._settings.best_by) if self._settings.keep_best else None
-        return score if score is not None else math.inf
+        by = self._settings.best_by
+        score = _state(folder).metrics.get(by) if self._settings.keep_best else None
+        if score is None:
+            return math.inf
+        return -score if by in _MORE_IS_BETTER else score
 
     def _partial(self, version: int) -> Path:
         return self._folder / f".step-{version:08}.{os.getpid()}"

@@ -98,3 +98,11 @@ def test_a_damaged_state_is_named(tmp_path):
     (tmp_path / "step-00000003" / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"step-00000003/run.json does not load: .*; remove .*step-00000003 to go on"):
         checkpoints.newest()
+
+
+@pytest.mark.parametrize(("by", "best"), [("loss", 2), ("student_entropy", 2), ("agreement", 1), ("support_mass", 1)])
+def test_the_best_is_the_highest_where_more_is_better(tmp_path, by, best):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=1, best_by=by))
+    for version, value in enumerate([0.9, 0.3, 0.5], 1):
+        write(checkpoints, version, {by: value})
+    assert names(tmp_path) == [f"step-0000000{best}", "step-00000003"]
