@@ -175,7 +175,8 @@ def test_a_directory_of_something_else_is_left_alone(make, tmp_path):
 def test_a_notice_of_a_role_reaches_the_user(make, tmp_path, monkeypatch):
     folder, _ = make(resume=False)
     speaker = tmp_path / "speaker"
-    speaker.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from megatron_opd.runtime import report; report.notify(\"no room\")'\n")
+    says = "import time; from megatron_opd.runtime import report; report.notify('no room'); time.sleep(1)"
+    speaker.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{says}"\n')
     speaker.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(speaker))
     told = []
