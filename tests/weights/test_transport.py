@@ -181,6 +181,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize(("when", "message"), [("before", "announced nothing within 2 s"), ("amid", r"bucket 2 \(first tensor c\)")])
 def test_a_sender_that_is_frozen_is_named_too(when, message):
     """Its connections stand, and nothing answers: torch's own waits have no limit then."""
