@@ -64,10 +64,11 @@ class Fleet:
         for _ in range(_GUILTY_AFTER):
             try:
                 peer = await self._alone()
-                return await peer.call(message, timeout_s)
-            except PeerError as error:
-                self._give_up(peer, error)
-                reason = str(error)
+                try:
+                    return await peer.call(message, timeout_s)
+                except PeerError as error:
+                    self._give_up(peer, error)
+                    reason = str(error)
             finally:
                 self._apart = None
         self._found += 1

@@ -607,6 +607,22 @@ def test_prompts_that_rollouts_die_of_are_set_aside_and_no_others(tmp_path, repl
     assert all(line["response_ids"] is None and line["prompt_ids"] == [0, 1, 2] for line in lines)
 
 
+def test_a_suspect_that_finds_nobody_left_ends_the_run_by_the_role(tmp_path):
+    def die(rollout):
+        deaths.append(rollout.index)
+        raise ValueError("out of memory")
+
+    async def replace_one(start, tasks, stop):
+        while not deaths:
+            await asyncio.sleep(0.005)
+        tasks["new"] = start(1)
+
+    deaths = []
+    with pytest.raises(ExceptionGroup) as caught:
+        play(tmp_path, 0, ScriptedLearner(), replicas=1, incident=replace_one, change=die, patience_s=1)
+    assert "no rollout is left, and none was started in 1 s" in str(first_of(caught.value))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_dies_and_when_every_prompt_is_trained_once_within_the_bound(tmp_path, seed):
     """Rollouts die and are replaced, learners die and are resumed, the journal's tail is damaged; then the audit."""
