@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megatron_opd import config as configs
 from megatron_opd import placement
-from megatron_opd.errors import ConfigError, OPDError
+from megatron_opd.errors import ConfigError, DoesNotFitError, OPDError
 from megatron_opd.launch import LAUNCHER, STOPPED, Children, StopRequest, alone_in, ends_at, prepare
 from megatron_opd.placement import Process, Resources, place
 from megatron_opd.progress import Progress, console, tell
@@ -207,7 +207,6 @@ def _stopped(where: str, stop: StopRequest, folder: Path) -> NoReturn:
 
 def _plan(arguments: argparse.Namespace) -> None:
     config = configs.load(arguments.config, arguments.overrides)
-    from megatron_opd.plan.memory import DoesNotFitError
     from megatron_opd.plan.plan import make_plan
     from megatron_opd.plan.show import show
 

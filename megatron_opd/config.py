@@ -283,9 +283,7 @@ class CheckpointConfig:
 class SupervisionConfig:
     """What is survived while a run is on. A dead controller is not: `train --resume` goes on from what it left."""
 
-    restarts: int = (
-        5  # of the learner and each replica; all again after ten good minutes; 0 (as loop.exact_lag has it): a death ends the run
-    )
+    restarts: int = 5  # of the learner and each replica, all again after ten good minutes; 0, as with loop.exact_lag: a death ends the run
     backoff_s: float = 1.0  # before a replica's first restart, doubled before each further one
     silent_s: float = 30.0  # a process that is stopped or unreachable for so long counts as dead
     disk_wait_s: float = 3600.0  # how long a run waits for room on a full disk

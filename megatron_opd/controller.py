@@ -24,6 +24,7 @@ from megatron_opd.metrics import StepLog
 from megatron_opd.recovery import Recovery
 from megatron_opd.runtime.rpc import Hub, Peer
 from megatron_opd.store.fifo import TrajectoryStore
+from megatron_opd.store.journal import file_of
 from megatron_opd.store.pieces import joined
 from megatron_opd.types import (
     Export,
@@ -241,7 +242,7 @@ class Controller:
         if not batch:
             raise GuardError(
                 f"all prompts of step {version} were set aside; see quarantine.jsonl in {self._config.run.dir}, mend what it says, remove "
-                f"journal/step-{version:08}.bin there, and go on with --resume"
+                f"journal/{file_of(version)} there, and go on with --resume"
             )
         await self._recovery.settle(version)
         return batch

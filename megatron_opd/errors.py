@@ -9,6 +9,10 @@ class ConfigError(OPDError):
     """A setting is unknown, missing or contradicts another one."""
 
 
+class DoesNotFitError(ConfigError):
+    """A role needs more memory than its GPU has."""
+
+
 class DataError(OPDError):
     """A prompt file holds a line that cannot be used; the message names file and line."""
 

@@ -27,6 +27,7 @@ from megatron_opd.runtime import whole
 from megatron_opd.runtime.environment import environment
 from megatron_opd.runtime.report import NOTICE, READY, REPLACE, REPORT_FD
 from megatron_opd.runtime.rpc import make_keys
+from megatron_opd.store.journal import FILES
 
 _LOG = logging.getLogger(__name__)
 LAUNCHER = "MEGATRON_OPD_LAUNCHER"  # its process id: a role that finds itself without this parent must not start
@@ -168,7 +169,7 @@ def _clear_failed_start(folder: Path) -> None:
     made = {"config.yaml", "controller.json", "journal", "keys", "logs", "metrics.jsonl", "placement.json", "rendezvous", "tensorboard"}
     found = {entry.name.removesuffix(".partial") for entry in folder.iterdir()} if folder.is_dir() else set()
     steps = folder / "metrics.jsonl"
-    paid = folder.is_dir() and any(folder.glob("journal/step-*.bin"))
+    paid = folder.is_dir() and any((folder / "journal").glob(FILES))
     if "config.yaml" in found and found <= made and not paid and not (steps.exists() and steps.stat().st_size):
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -149,8 +149,9 @@ def _process(part: _Part, index: int, node: int, dealt: tuple[int, ...], unit: s
 
 def _require_whole_tensor_groups(role: str, tensor: int, ranks: list[Process]) -> None:
     """Tensor-parallel ranks talk in every layer: they have to sit on one node. vLLM, one process with ranks of its own, always does."""
-    world = ranks[0].world_size if ranks else 1
-    for start in range(0, len(ranks) if world > 1 else 0, tensor):
+    if not ranks or ranks[0].world_size == 1:
+        return
+    for start in range(0, len(ranks), tensor):
         if len(nodes := {one.node for one in ranks[start : start + tensor]}) > 1:
             found = ", ".join(map(str, sorted(nodes)))
             raise ConfigError(

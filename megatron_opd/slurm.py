@@ -107,6 +107,9 @@ def script(config: Config, processes: tuple[Process, ...]) -> str:
         raise ConfigError("slurm.time is missing; name the job's time limit, e.g. slurm.time=24:00:00")
     first = _first_component(config, processes)
     het = first < count
+    for name in ("options", "hetjob_options") if het else ("options",):
+        if config.run.device == "cuda" and not any(option.startswith(("--gres", "--gpus")) for option in getattr(settings, name)):
+            raise ConfigError(f"slurm.{name} asks for no GPUs, so a job would start without; add --gres=gpu:{config.cluster.gpus_per_node}")
     return _SCRIPT.format(
         directives=_directives(config, first),
         launch_dir=shlex.quote(os.getcwd()),
@@ -195,9 +198,6 @@ def _first_component(config: Config, processes: tuple[Process, ...]) -> int:
 
 def _directives(config: Config, first: int) -> str:
     settings, second = config.slurm, config.cluster.nodes - first
-    for name in ("options", "hetjob_options")[: 2 if second else 1]:
-        if config.run.device == "cuda" and not any(option.startswith(("--gres", "--gpus")) for option in getattr(settings, name)):
-            raise ConfigError(f"slurm.{name} asks for no GPUs, so a job would start without; add --gres=gpu:{config.cluster.gpus_per_node}")
     log = (Path(config.run.dir) / "job.log").absolute()
     lines = [
         f"--job-name={settings.job_name}",

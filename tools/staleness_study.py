@@ -533,20 +533,10 @@ def plot_variance(cache_ids: dict[str, dict[str, Any]], file: Path) -> str:
     figure.savefig(file, dpi=120)
     plt.close(figure)
     rows = [["ids", "m draws", "bytes", "head and tail", "bytes", "ratio at equal ids", "at equal storage"]]
-    for number, size in enumerate(sizes):
+    for size, draws_bytes, head_tail_bytes in zip(sizes, num_bytes["draws"], num_bytes["head_tail"]):
         draws, head_tail, same = (cache_ids[size][name] for name in ("draws", "head_tail", "draws_same_storage"))
-        sizes_of = (f"{num_bytes[name][number]:.0f}" for name in ("draws", "head_tail"))
-        rows.append(
-            [
-                size,
-                f"{draws:.3g}",
-                next(sizes_of),
-                f"{head_tail:.3g}",
-                next(sizes_of),
-                f"{draws / head_tail:.1f}",
-                f"{same / head_tail:.1f}",
-            ]
-        )
+        ratios = f"{draws / head_tail:.1f}", f"{same / head_tail:.1f}"
+        rows.append([size, f"{draws:.3g}", f"{draws_bytes:.0f}", f"{head_tail:.3g}", f"{head_tail_bytes:.0f}", *ratios])
     return f"![gradient variance against cached bytes]({file.name})\n\n{markdown(rows)}"
 
 

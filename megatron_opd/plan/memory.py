@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_opd.config import Config, LearnerConfig
-from megatron_opd.errors import ConfigError
+from megatron_opd.errors import ConfigError, DoesNotFitError
 from megatron_opd.model.count import StageCount, count_stages
 from megatron_opd.model.parallel import ParallelConfig
 from megatron_opd.plan.gpus import CPU_ACTIVATION_COPIES, CPU_RESERVE_BYTES, GPU_RESERVE_BYTES, GPUS, KERNEL_COPIES
@@ -171,22 +171,12 @@ def _sync(config: Config, student: Model) -> float:
     return 2.0 * min(largest, student.parameters * width)
 
 
-class DoesNotFitError(ConfigError):
-    """A role needs more memory than its GPU has."""
-
-
 def require_fit(config: Config, needs: Needs, student: Model, teacher: Model | None, memory: dict[str, Memory]) -> None:
     """Raises DoesNotFitError if a role needs more than its GPU has: the component that breaks it, and the nearest settings that fit."""
     limit = limit_of(config)
-    for role, model in {"rollout": student, "teacher": teacher}.items():
-        settings = getattr(config, role)
-        if role in memory and model is not None and "kv_cache" in memory[role]:
-            cache, least = settings.kv_cache_bytes * settings.tensor_parallel, _least_cache(config, role, model)
-            if cache < least:
-                raise ConfigError(
-                    f"{role}.kv_cache_bytes={settings.kv_cache_bytes} on {settings.tensor_parallel} ranks cannot hold one sequence of "
-                    f"data.max_prompt_tokens + rollout.max_response_tokens; wanted at least {math.ceil(least / settings.tensor_parallel)}"
-                )
+    for role, model in (("rollout", student), ("teacher", teacher)):
+        if model is not None and "kv_cache" in memory.get(role, ()):
+            _require_cache(config, role, model)
     for role, parts in memory.items():
         if sum(parts.values()) > limit:
             remedy = _remedy(config, needs, student, teacher, role, limit)
@@ -195,6 +185,15 @@ def require_fit(config: Config, needs: Needs, student: Model, teacher: Model | N
                 f"{role} needs {sum(parts.values()) / 1e9:.1f} GB, a {config.cluster.gpu} has {limit / 1e9:.0f}; most of it is "
                 f"{max(parts, key=lambda name: parts[name])} ({components}); {remedy}"
             )
+
+
+def _require_cache(config: Config, role: str, model: Model) -> None:
+    settings, least = getattr(config, role), _least_cache(config, role, model)
+    if settings.kv_cache_bytes * settings.tensor_parallel < least:
+        raise ConfigError(
+            f"{role}.kv_cache_bytes={settings.kv_cache_bytes} on {settings.tensor_parallel} ranks cannot hold one sequence of "
+            f"data.max_prompt_tokens + rollout.max_response_tokens; wanted at least {math.ceil(least / settings.tensor_parallel)}"
+        )
 
 
 def limit_of(config: Config) -> float:

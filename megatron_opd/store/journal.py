@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 from megatron_opd.errors import ConfigError, WireError
 from megatron_opd.runtime import whole, wire
-from megatron_opd.runtime.whole import append
 from megatron_opd.store.pieces import joined
 from megatron_opd.types import Rollout, SetAside, TeacherScores
 
+FILES = "step-*.bin"  # the records of a step each
 _LOG = logging.getLogger(__name__)
 _HEAD = struct.Struct("<IB")  # bytes of the body, bytes of the kind's name
 _DIGEST_BYTES = 16
@@ -54,7 +54,7 @@ class Journal:
 
     def steps(self) -> list[int]:
         """Those that it holds records of."""
-        return sorted(map(_step, self._folder.glob("step-*.bin")))
+        return sorted(map(_step, self._folder.glob(FILES)))
 
     def read(self, *steps: int) -> Paid:
         """All whole records of steps to which nothing is being added; each file is cut behind its last one."""
@@ -71,7 +71,7 @@ class Journal:
         Raises:
             OSError: the disk is full or broken; nothing of the record is left, and the call may be repeated.
         """
-        append(self._file(record.index // self._batch + 1), frame(record), sync=self._each_record)
+        whole.append(self._file(record.index // self._batch + 1), frame(record), sync=self._each_record)
 
     def sync(self, step: int) -> None:
         """Returns once the records of a step, those of an earlier process too, would survive the machine."""
@@ -80,7 +80,7 @@ class Journal:
 
     def forget(self, version: int) -> None:
         """Removes the records of all steps up to `version`: a checkpoint holds what became of them."""
-        for file in self._folder.glob("step-*.bin"):
+        for file in self._folder.glob(FILES):
             if _step(file) <= version:
                 if (opened := self._files.pop(_step(file), None)) is not None:
                     opened.close()
@@ -106,7 +106,7 @@ class Journal:
         return self._files[step]
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"step-{step:08}.bin"
+        return self._folder / file_of(step)
 
     def _whole(self, file: Path) -> Iterator[Any]:
         data = file.read_bytes()
@@ -156,6 +156,11 @@ def records(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _digest(words: bytes) -> bytes:
     return hashlib.blake2b(words, digest_size=_DIGEST_BYTES).digest()
+
+
+def file_of(step: int) -> str:
+    """The name of the file with the records of a step."""
+    return f"step-{step:08}.bin"
 
 
 def _step(file: Path) -> int:

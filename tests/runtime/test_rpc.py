@@ -27,6 +27,26 @@ def answer_until_stopped(keys, address, replica):
                     return
 
 
+def with_hub(play, tmp_path):
+    async def main():
+        rpc.make_keys(tmp_path / "keys")
+        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
+            await play(hub)
+
+    asyncio.run(main())
+
+
+def desk_of(tmp_path, address, role, replica):
+    return rpc.Desk(tmp_path / "keys", address, rpc.hello(role, replica), context=zmq.Context())
+
+
+async def first_request(desk):
+    """Its number; probes are no requests."""
+    while not (requests := await asyncio.to_thread(desk.receive)):
+        await asyncio.sleep(0)
+    return requests[0][0]
+
+
 def with_teachers(count, play, tmp_path):
     async def main():
         keys = tmp_path / "keys"
@@ -102,45 +122,40 @@ def test_a_stranger_with_other_keys_is_never_heard(tmp_path):
 
 
 def test_a_role_of_another_version_is_refused_by_name_at_once(tmp_path, monkeypatch):
-    async def main():
-        rpc.make_keys(tmp_path / "keys")
-        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
-            good, bad = (rpc.Desk(tmp_path / "keys", hub.address, rpc.hello("rollout", i), context=zmq.Context()) for i in range(2))
-            good.greet()
-            await hub.peers("rollout", 1, 60)
-            monkeypatch.setattr(wire, "SCHEMA", b"another")
-            bad.greet()
-            monkeypatch.undo()
-            with pytest.raises(PeerError, match=r"rollout 1 .* has messages of schema another, this controller has .* install the same"):
-                await asyncio.wait_for(hub.peers("rollout", 2, 60), 10)
-            assert [peer.hello.replica for peer in hub.live("rollout")] == [0], "the others are still heard"
-            good.close()
-            bad.close()
+    async def play(hub):
+        good, bad = (desk_of(tmp_path, hub.address, "rollout", i) for i in range(2))
+        good.greet()
+        await hub.peers("rollout", 1, 60)
+        monkeypatch.setattr(wire, "SCHEMA", b"another")
+        bad.greet()
+        monkeypatch.undo()
+        with pytest.raises(PeerError, match=r"rollout 1 .* has messages of schema another, this controller has .* install the same"):
+            await asyncio.wait_for(hub.peers("rollout", 2, 60), 10)
+        assert [peer.hello.replica for peer in hub.live("rollout")] == [0], "the others are still heard"
+        good.close()
+        bad.close()
 
-    asyncio.run(main())
+    with_hub(play, tmp_path)
 
 
 def test_what_is_no_message_and_answers_to_others_are_dropped(tmp_path):
-    async def main():
-        rpc.make_keys(tmp_path / "keys")
-        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
-            good, bad = (rpc.Desk(tmp_path / "keys", hub.address, rpc.hello("rollout", i), context=zmq.Context()) for i in range(2))
-            for frames in ([b""], [b"a"] * 9, [wire.SCHEMA, b"hello", b"rollout 1", b"\xc1"], [b"", b"nothing", b"\xff", b""]):
-                bad._socket.send_multipart(frames)
-            bad.greet()
-            good.greet()
-            peers = await hub.peers("rollout", 2, 20)
-            asking = asyncio.create_task(peers[0].call(Stop(), 20))
-            while not (requests := await asyncio.to_thread(good.receive)):
-                await asyncio.sleep(0)
-            bad.fail(requests[0][0], "says another")
-            await asyncio.sleep(0.2)
-            good.answer(requests[0][0], Done())
-            assert await asking == Done()
-            good.close()
-            bad.close()
+    async def play(hub):
+        good, bad = (desk_of(tmp_path, hub.address, "rollout", i) for i in range(2))
+        for frames in ([b""], [b"a"] * 9, [wire.SCHEMA, b"hello", b"rollout 1", b"\xc1"], [b"", b"nothing", b"\xff", b""]):
+            bad._socket.send_multipart(frames)
+        bad.greet()
+        good.greet()
+        peers = await hub.peers("rollout", 2, 20)
+        asking = asyncio.create_task(peers[0].call(Stop(), 20))
+        number = await first_request(good)
+        bad.fail(number, "says another")
+        await asyncio.sleep(0.2)
+        good.answer(number, Done())
+        assert await asking == Done()
+        good.close()
+        bad.close()
 
-    asyncio.run(main())
+    with_hub(play, tmp_path)
 
 
 async def flipping(port, flips):
@@ -163,28 +178,25 @@ async def flipping(port, flips):
 
 
 def test_a_byte_that_flips_on_the_wire_is_never_read_and_costs_the_role(tmp_path):
-    async def main():
-        rpc.make_keys(tmp_path / "keys")
-        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
-            flips = asyncio.Event()
-            proxy = await flipping(hub.address.port, flips)
-            address = Address(host="127.0.0.1", port=proxy.sockets[0].getsockname()[1])
-            desk = rpc.Desk(tmp_path / "keys", address, rpc.hello("teacher", 0), context=zmq.Context())
-            desk.greet()
-            (peer,) = await hub.peers("teacher", 1, 60)
-            asking = asyncio.create_task(peer.call(Stop(), 60))
-            while not (requests := await asyncio.to_thread(desk.receive)):
-                await asyncio.sleep(0)
-            flips.set()
-            desk.answer(requests[0][0], Done(seconds={"a": 1.0}))
-            with pytest.raises(PeerError, match=r"teacher 0 .* is gone"):
-                await asyncio.wait_for(asking, 20)
-            with pytest.raises(HungUpError, match="closed the connection"):
-                await asyncio.to_thread(desk.receive)
-            desk.close()
-            proxy.close()
+    async def play(hub):
+        flips = asyncio.Event()
+        proxy = await flipping(hub.address.port, flips)
+        address = Address(host="127.0.0.1", port=proxy.sockets[0].getsockname()[1])
+        desk = desk_of(tmp_path, address, "teacher", 0)
+        desk.greet()
+        (peer,) = await hub.peers("teacher", 1, 60)
+        asking = asyncio.create_task(peer.call(Stop(), 60))
+        number = await first_request(desk)
+        flips.set()
+        desk.answer(number, Done(seconds={"a": 1.0}))
+        with pytest.raises(PeerError, match=r"teacher 0 .* is gone"):
+            await asyncio.wait_for(asking, 20)
+        with pytest.raises(HungUpError, match="closed the connection"):
+            await asyncio.to_thread(desk.receive)
+        desk.close()
+        proxy.close()
 
-    asyncio.run(main())
+    with_hub(play, tmp_path)
 
 
 def test_keys_are_for_their_owner_only(tmp_path):
@@ -224,18 +236,15 @@ def test_a_peer_whose_connection_breaks_is_lost_and_whoever_waits_for_it_learns_
 
 
 def test_a_setback_is_told_from_a_failure(tmp_path):
-    async def main():
-        rpc.make_keys(tmp_path / "keys")
-        async with rpc.Hub(tmp_path / "keys", "127.0.0.1", 0) as hub:
-            desk = rpc.Desk(tmp_path / "keys", hub.address, rpc.hello("learner", 0), context=zmq.Context())
-            desk.greet()
-            (peer,) = await hub.peers("learner", 1, 60)
-            asking = asyncio.create_task(peer.call(Stop(), 60))
-            while not (requests := await asyncio.to_thread(desk.receive)):  # probes are no requests
-                await asyncio.sleep(0)
-            desk.fail(requests[0][0], "a receiver is gone", setback=True)
-            with pytest.raises(SetbackError, match=r"learner 0 .*: a receiver is gone"):
-                await asking
-            desk.close()
+    async def play(hub):
+        desk = desk_of(tmp_path, hub.address, "learner", 0)
+        desk.greet()
+        (peer,) = await hub.peers("learner", 1, 60)
+        asking = asyncio.create_task(peer.call(Stop(), 60))
+        number = await first_request(desk)
+        desk.fail(number, "a receiver is gone", setback=True)
+        with pytest.raises(SetbackError, match=r"learner 0 .*: a receiver is gone"):
+            await asking
+        desk.close()
 
-    asyncio.run(main())
+    with_hub(play, tmp_path)
